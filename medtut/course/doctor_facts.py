@@ -1,0 +1,129 @@
+"""What the doctor looks at: the machine, the packages, the network."""
+
+from __future__ import annotations
+
+import importlib.metadata as metadata
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# One of the official sources of real weights; any answer at all means "online".
+ADDRESS = "https://huggingface.co"
+TIMEOUT_S = 3.0
+PROBE_TIMEOUT_S = 180.0
+
+# Runs in a process of its own: a broken pair can take the interpreter down with it.
+_PROBE = """
+import torch
+kind, name = "cpu", "CPU only"
+if torch.cuda.is_available():
+    kind, name = "cuda", torch.cuda.get_device_name(0)
+elif getattr(torch.backends, "mps", None) and torch.backends.mps.is_available():
+    kind, name = "mps", "Apple GPU"
+print("medtut-device", kind, name, flush=True)
+import torchvision
+boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+torchvision.ops.nms(boxes, torch.ones(1), 0.5)
+print("medtut-pair", torch.__version__, torchvision.__version__, flush=True)
+"""
+
+
+@dataclass
+class Facts:
+    """What the checks look at; tests replace it."""
+
+    _probe: tuple[int, str, str] | None = field(default=None, repr=False)
+
+    def python(self) -> tuple[int, ...]:
+        """Version of the running Python."""
+        return tuple(sys.version_info[:3])
+
+    def probe(self) -> tuple[int, str, str]:
+        """Import torch and torchvision elsewhere: exit status, output, errors."""
+        if self._probe is None:
+            command = [sys.executable, "-c", _PROBE]
+            try:
+                done = subprocess.run(
+                    command,
+                    capture_output=True,
+                    text=True,
+                    encoding="utf-8",
+                    errors="replace",
+                    timeout=PROBE_TIMEOUT_S,
+                    check=False,
+                )
+                self._probe = (done.returncode, done.stdout, done.stderr)
+            except subprocess.TimeoutExpired:
+                said = f"importing took longer than {PROBE_TIMEOUT_S:.0f} s"
+                self._probe = (124, "", said)
+        return self._probe
+
+    def requirements(self) -> list[str]:
+        """What the package asks for, from its metadata or from pyproject.toml."""
+        try:
+            return metadata.requires("medtut") or []
+        except metadata.PackageNotFoundError:
+            import tomllib
+
+            path = Path(__file__).resolve().parents[2] / "pyproject.toml"
+            with path.open("rb") as file:
+                return tomllib.load(file)["project"]["dependencies"]
+
+    def version(self, package: str) -> str | None:
+        """Installed version of a package, None when it is not there."""
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    def requires(self, package: str) -> list[str]:
+        """What an installed package asks for."""
+        try:
+            return metadata.requires(package) or []
+        except metadata.PackageNotFoundError:
+            return []
+
+    def memory_gb(self) -> float:
+        """Memory that is free for us, a container's limit included."""
+        import psutil
+
+        available = psutil.virtual_memory().available
+        limit = Path("/sys/fs/cgroup/memory.max")
+        used = Path("/sys/fs/cgroup/memory.current")
+        try:
+            free = int(limit.read_text("ascii")) - int(used.read_text("ascii"))
+            available = min(available, free)
+        except (OSError, ValueError):  # no container, or no limit ("max")
+            pass
+        return available / 1e9
+
+    def cache_folder(self) -> Path:
+        """The course's cache."""
+        from medtut.data.cache import cache_dir
+
+        return cache_dir()
+
+    def prove_cache(self) -> None:
+        """Write to the cache; raises `MedtutError` when that fails."""
+        from medtut.data.cache import writable_dir
+
+        writable_dir(self.cache_folder())
+
+    def free_gb(self, folder: Path) -> float:
+        """Free space where a folder is, or will be."""
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        return shutil.disk_usage(folder).free / 1e9
+
+    def reach(self) -> None:
+        """Ask `ADDRESS` for its headers; raises OSError when nothing answers."""
+        import urllib.error
+        import urllib.request
+
+        request = urllib.request.Request(ADDRESS, method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=TIMEOUT_S).close()
+        except urllib.error.HTTPError:
+            return  # refused, so somebody is there

@@ -1,0 +1,216 @@
+"""The part of the runner that touches papermill and the kernel process."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Execution:
+    """What running a notebook gave.
+
+    Attributes
+    ----------
+    nb : notebook or None
+        None when not even a file was written.
+    error : str
+        Empty when papermill saw no error.
+    cell : int
+        Position of the failing cell, -1 if unknown.
+    seconds : float
+    peak_mb : float
+        Highest resident memory seen of the kernel and its children, MiB.
+    cell_seconds : list of [int, float]
+        Position and seconds of each code cell that ran.
+    """
+
+    nb: Any = None
+    error: str = ""
+    cell: int = -1
+    seconds: float = 0.0
+    peak_mb: float = 0.0
+    cell_seconds: list[list[float]] = field(default_factory=list)
+
+
+class MemorySampler:
+    """Follow the resident memory of a process and its children in a thread."""
+
+    def __init__(self, pid: Callable[[], int | None], every: float = 0.2):
+        self._pid, self._every = pid, every
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self.peak_mb = 0.0
+
+    def __enter__(self) -> MemorySampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+    def _follow(self) -> None:
+        while not self._stop.wait(self._every):
+            pid = self._pid()
+            if pid is not None:
+                self.peak_mb = max(self.peak_mb, _resident_mb(pid))
+
+
+def execute(
+    source: Path,
+    target: Path,
+    *,
+    parameters: dict[str, Any],
+    cwd: Path,
+    timeout: float,
+    on_cell: Callable[[int, Any], None] | None = None,
+) -> Execution:
+    """Run a notebook with the interpreter that runs this function.
+
+    Installed kernelspecs are not looked at: "python3" may be another environment.
+
+    Parameters
+    ----------
+    source, target : Path
+        Notebook to run, and where papermill saves it after every cell.
+    parameters : dict
+        Injected below the parameters cell; nothing is injected when empty.
+    timeout : float
+        Seconds one cell may take.
+    on_cell : callable
+        Called with position and cell before each cell.
+
+    Returns
+    -------
+    Execution
+        Errors of the notebook are in it, not raised. KeyboardInterrupt is raised.
+    """
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.exceptions import PapermillException, PapermillExecutionError
+
+    # papermill warns about unknown parameters; ours were checked before.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    managers: list[Any] = []
+    result = Execution()
+    current = {"index": -1, "start": 0.0}
+
+    def cell_start(cell: Any, cell_index: int) -> None:
+        current.update(index=cell_index, start=time.perf_counter())
+        if on_cell is not None:
+            on_cell(cell_index, cell)
+
+    def cell_done(cell: Any, cell_index: int, **rest: Any) -> None:
+        seconds = round(time.perf_counter() - current["start"], 3)
+        if cell.cell_type == "code":
+            result.cell_seconds.append([cell_index, seconds])
+
+    def pid() -> int | None:
+        provisioner = getattr(managers[0], "provisioner", None) if managers else None
+        return getattr(provisioner, "pid", None)
+
+    start = time.perf_counter()
+    log_path = target.with_name("kernel.log")
+    with (
+        log_path.open("wb") as log,
+        MemorySampler(pid) as memory,
+        warnings.catch_warnings(),
+    ):
+        # pyzmq on Windows warns about the event loop papermill chooses.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        try:
+            papermill.execute_notebook(
+                str(source),
+                str(target),
+                parameters=parameters,
+                kernel_name="python3",
+                cwd=str(cwd),
+                progress_bar=False,
+                execution_timeout=timeout,
+                kernel_manager_class=_this_interpreter(managers, log),
+                on_cell_start=cell_start,
+                on_cell_executed=cell_done,
+            )
+        except PapermillExecutionError as error:
+            result.cell = error.cell_index
+            result.error = f"{error.ename}: {error.evalue}"
+        except CellTimeoutError:
+            result.cell = current["index"]
+            result.error = f"the cell took more than {timeout:g} s (--timeout)"
+        except DeadKernelError:
+            result.cell = current["index"]
+            result.error = f"the kernel died (out of memory?) {_tail(log_path)}".strip()
+        except PapermillException as error:
+            result.error = str(error)
+    result.seconds = time.perf_counter() - start
+    result.peak_mb = memory.peak_mb
+    log_path.unlink(missing_ok=True)
+    if target.is_file():
+        from medtut.course.nbfile import read_notebook
+
+        result.nb = read_notebook(target)
+    return result
+
+
+def _this_interpreter(managers: list[Any], log: Any) -> type:
+    """Make a kernel manager class that starts ``sys.executable`` and lists itself.
+
+    What the kernel process itself complains about goes to the file `log`: it would
+    tear the progress bar, and a kernel that died may have said why.
+    """
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
+
+    class ThisInterpreter(AsyncKernelManager):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            managers.append(self)
+
+        async def start_kernel(self, **kwargs: Any) -> None:
+            await super().start_kernel(**{"stderr": log, **kwargs})
+
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            return KernelSpec(
+                argv=[
+                    sys.executable,
+                    "-m",
+                    "ipykernel_launcher",
+                    "-f",
+                    "{connection_file}",
+                ],
+                display_name="Python 3",
+                language="python",
+            )
+
+    return ThisInterpreter
+
+
+def _tail(path: Path, lines: int = 8) -> str:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    told = [line for line in text.splitlines() if "without encryption" not in line]
+    return "\n".join(told[-lines:])
+
+
+def _resident_mb(pid: int) -> float:
+    import psutil
+
+    total = 0
+    try:
+        process = psutil.Process(pid)
+        for one in [process, *process.children(recursive=True)]:
+            try:
+                total += one.memory_info().rss
+            except psutil.Error:
+                continue
+    except psutil.Error:
+        return 0.0
+    return total / 2**20

@@ -1,0 +1,153 @@
+"""``make notebooks``: the stored notebooks, built from their text and executed.
+
+``python -m medtut.course.notebooks build [SLUG...]`` and ``... check``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from medtut.course import nbfile, percent
+from medtut.course.catalog import notebooks_dir
+from medtut.course.files import read_json, write_json
+from medtut.course.profiles import SettingsError, _did_you_mean
+from medtut.errors import MedtutError
+
+app = typer.Typer(
+    help="Build the stored notebooks from notebooks/source.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def sources(folder: Path | str | None = None) -> dict[str, Path]:
+    """Return slug to text form, lessons first, then bonus notebooks."""
+    base = notebooks_dir(folder) / "source"
+    found = {path.stem: path for path in sorted(base.glob("[0-9]*.py"))}
+    for path in sorted((base / "bonus").glob("[0-9]*.py")):
+        found[f"bonus/{path.stem}"] = path
+    return found
+
+
+def build_notebook(
+    slug: str,
+    folder: Path | str | None = None,
+    execute: bool = True,
+    profile: str = "quick",
+) -> Path:
+    """Build one notebook from its text and store its outputs.
+
+    Without `execute`, the outputs of cells whose source did not change are kept, so
+    that correcting a sentence costs no run.
+
+    Raises
+    ------
+    MedtutError
+        When a cell fails; the stored notebook is left as it was.
+    """
+    base = notebooks_dir(folder)
+    text = sources(base)[slug]
+    path = base / f"{slug}.ipynb"
+    nb = percent.build(text, slug)
+    if not execute:
+        if path.is_file():
+            _keep_outputs(nb, nbfile.read_notebook(path))
+        return nbfile.write_notebook(nb, path)
+    before = path.read_bytes() if path.is_file() else None
+    nbfile.write_notebook(nb, path)
+    try:
+        executed = _execute(slug, base, profile)
+    except BaseException:
+        # A failed build must not leave the notebook without its outputs.
+        if before is not None:
+            path.write_bytes(before)
+        raise
+    nbfile.without_injected(nbfile.static_widgets(executed))
+    percent.set_ids(executed, slug)
+    # The run may have recorded what the first screen says it costs.
+    percent.stamp(executed, slug)
+    return nbfile.write_notebook(executed, path)
+
+
+def check_step(slug: str, folder: Path | str | None = None) -> list[str]:
+    """Return where the text form and the notebook of a lesson are not in step."""
+    base = notebooks_dir(folder)
+    text, path = sources(base).get(slug), base / f"{slug}.ipynb"
+    if text is None:
+        return [f"{slug} has no text form in {base.name}/source"]
+    if not path.is_file():
+        return [f"{slug} has no notebook; run make notebooks"]
+    return percent.differences(percent.read_text_form(text), nbfile.read_notebook(path))
+
+
+def _execute(slug: str, base: Path, profile: str) -> Any:
+    from medtut.course.runner import run_lessons
+
+    (run,) = run_lessons(
+        [slug], profile, notebooks=base, inject=False, record_costs=True
+    )
+    if not run.ok:
+        raise MedtutError(f"{slug}: the run failed, the stored notebook is unchanged")
+    metrics = read_json(run.folder / "metrics.json")
+    write_json(base / "metrics" / f"{slug}.json", metrics)
+    return run.nb
+
+
+def _keep_outputs(nb: Any, old: Any) -> None:
+    by_id = {cell.get("id"): cell for cell in old.cells if cell.cell_type == "code"}
+    for cell in nb.cells:
+        before = by_id.get(cell["id"])
+        if cell.cell_type == "code" and before is not None:
+            cell.outputs = before.outputs
+            cell.execution_count = before.execution_count
+
+
+@app.command("build")
+def build_command(
+    slugs: Annotated[list[str] | None, typer.Argument(help="All by default.")] = None,
+    execute: Annotated[
+        bool, typer.Option("--execute/--no-execute", help="Run and store outputs.")
+    ] = True,
+    profile: Annotated[str, typer.Option(help="Profile of the stored run.")] = "quick",
+) -> None:
+    """Build notebooks from their text; by default run them and store the outputs."""
+    known = sources()
+    for slug in slugs or []:
+        if slug not in known:
+            raise SettingsError(
+                f"no text form for {slug!r}{_did_you_mean(slug, known)}; there are: "
+                f"{', '.join(known) or 'none'}"
+            )
+    for slug in slugs or known:
+        print(build_notebook(slug, None, execute, profile))
+
+
+@app.command("check")
+def check_command() -> None:
+    """Say which notebooks are not in step with their text; exit code 1 if any."""
+    bad = False
+    for slug in sources():
+        for line in check_step(slug):
+            bad = True
+            print(f"{slug}: {line}")
+    if bad:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command; errors meant for people are printed without a traceback."""
+    try:
+        app()
+    except MedtutError as error:
+        print(f"notebooks: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

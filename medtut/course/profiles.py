@@ -1,0 +1,303 @@
+"""Profiles: one typed schema for every setting of every lesson.
+
+papermill only warns about a parameter it does not know, and a YAML ``1e-4`` reaches
+a notebook as text. Here both are refused, with a message, before anything runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from medtut.errors import MedtutError
+
+PROFILES = ("smoke", "quick", "full")
+_FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
+
+
+class SettingsError(MedtutError):
+    """A profile, a setting or a lesson that does not exist, or a wrong value."""
+
+
+class LessonSettings(BaseModel):
+    """What every lesson can be told; a lesson adds its own fields.
+
+    Strict: ``"ten"`` and ``"1e-4"`` are refused where a number belongs, and so is a
+    name that is not a field. An int is accepted for a float, a list for a tuple
+    (papermill and YAML know lists only).
+
+    Attributes
+    ----------
+    profile : {"smoke", "quick", "full"}
+    seed : int
+    data : str or None
+        Folder with the user's own data set.
+    out : str or None
+        Where the lesson writes; None for ``build/<profile>/<slug>``.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False
+    )
+
+    profile: Literal["smoke", "quick", "full"]
+    seed: int = Field(default=0, ge=0)
+    data: str | None = None
+    out: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_for_tuples(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {key: cls._fit(key, value) for key, value in values.items()}
+
+    @classmethod
+    def _fit(cls, key: str, value: Any) -> Any:
+        field = cls.model_fields.get(key)
+        if field is None:
+            return value
+        kinds = [field.annotation]
+        if get_origin(field.annotation) in (Union, UnionType):
+            kinds = list(get_args(field.annotation))
+        kinds = [get_origin(kind) or kind for kind in kinds]
+        if isinstance(value, list) and tuple in kinds and list not in kinds:
+            return tuple(value)
+        if isinstance(value, tuple) and list in kinds and tuple not in kinds:
+            return list(value)
+        return value
+
+
+@cache
+def profile_table() -> dict[str, dict[str, Any]]:
+    """Return ``profiles.yml``: meaning, evidence, cell_timeout, defaults."""
+    text = Path(__file__).with_name("profiles.yml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
+
+
+def choose_profile(profile: str | None = None) -> str:
+    """Return the profile in force: ``MEDTUT_PROFILE``, else `profile`, else quick."""
+    name = os.environ.get("MEDTUT_PROFILE") or profile or "quick"
+    if name not in PROFILES:
+        source = " (from MEDTUT_PROFILE)" if os.environ.get("MEDTUT_PROFILE") else ""
+        raise SettingsError(
+            f"unknown profile {name!r}{source}{_did_you_mean(name, PROFILES)}; "
+            f"choose one of {', '.join(PROFILES)}"
+        )
+    return name
+
+
+def lesson_module(slug: str | int) -> ModuleType:
+    """Import the module that belongs to a lesson or bonus notebook.
+
+    ``$MEDTUT_NOTEBOOKS/lessons/lNN.py`` comes before the package's own module, so
+    that a folder of one's own notebooks needs no change in the package.
+
+    Raises
+    ------
+    SettingsError
+        When no module belongs to that number.
+    """
+    number, names = _module_names(slug)
+    own = os.environ.get("MEDTUT_NOTEBOOKS")
+    for name in names:
+        if own:
+            path = Path(own) / "lessons" / f"{name}.py"
+            if path.is_file():
+                return _load_file(path, name)
+        full = f"medtut.course.lessons.{name}"
+        if importlib.util.find_spec(full) is not None:
+            return importlib.import_module(full)
+    raise SettingsError(
+        f"there is no lesson {number}: medtut/course/lessons/{names[-1]}.py "
+        "does not exist"
+    )
+
+
+def settings_class(slug: str | int) -> type[LessonSettings]:
+    """Return the ``Settings`` class of a lesson."""
+    return lesson_module(slug).Settings
+
+
+def resolve(
+    slug: str | int,
+    profile: str | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> LessonSettings:
+    """Turn a profile and some overrides into checked settings.
+
+    Later wins: defaults of ``profiles.yml``, the lesson's preset, `overrides`. An
+    override of None means "from the profile". ``MEDTUT_PROFILE`` beats `profile`.
+
+    Raises
+    ------
+    SettingsError
+        Unknown profile, unknown key, or a value of the wrong type or range.
+    """
+    given = {k: v for k, v in (overrides or {}).items() if v is not None}
+    name = choose_profile(profile or given.pop("profile", None))
+    given.pop("profile", None)
+    module = lesson_module(slug)
+    kind: type[LessonSettings] = module.Settings
+    refuse_unknown(slug, kind, given)
+    values = {
+        **profile_table()[name].get("defaults", {}),
+        **module.PRESETS.get(name, {}),
+        **given,
+        "profile": name,
+    }
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise SettingsError(_explain(slug, kind, name, given, error)) from None
+
+
+def refuse_unknown(
+    slug: str | int, kind: type[LessonSettings], given: dict[str, Any]
+) -> None:
+    """Raise `SettingsError` for keys that are no field of `kind`."""
+    known = sorted(kind.model_fields)
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        lines = [
+            f"lesson {slug}: unknown setting {key!r}{_did_you_mean(key, known)}"
+            for key in unknown
+        ]
+        lines.append(f"known settings: {', '.join(known)}")
+        raise SettingsError("\n".join(lines))
+
+
+def parse_value(text: str) -> Any:
+    """Read the right-hand side of ``--set key=value`` as a YAML value.
+
+    YAML 1.1 takes ``1e-4`` for text; here it is the number it looks like.
+
+    Examples
+    --------
+    >>> parse_value("1e-4"), parse_value("8"), parse_value("[1, 2]"), parse_value("x")
+    (0.0001, 8, [1, 2], 'x')
+    """
+
+    def numbers(value: Any) -> Any:
+        if isinstance(value, str) and _FLOAT.fullmatch(value.strip()):
+            return float(value)
+        if isinstance(value, list):
+            return [numbers(item) for item in value]
+        if isinstance(value, dict):
+            return {key: numbers(item) for key, item in value.items()}
+        return value
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        first = str(error).splitlines()[0]
+        raise SettingsError(f"cannot read the value {text!r}: {first}") from None
+    quoted = text.strip()[:1] in {'"', "'"}
+    return value if quoted else numbers(value)
+
+
+def parse_sets(pairs: list[str] | None) -> dict[str, Any]:
+    """Turn ``["steps=10", "lr=1e-4"]`` into a dict.
+
+    Raises
+    ------
+    SettingsError
+        When a pair has no ``=`` or a key is given twice.
+    """
+    values: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, sign, text = pair.partition("=")
+        key = key.strip()
+        if not sign or not key.isidentifier():
+            raise SettingsError(f"--set needs name=value, got {pair!r}")
+        if key in values:
+            raise SettingsError(f"--set {key} is given twice")
+        values[key] = parse_value(text)
+    return values
+
+
+def _module_names(slug: str | int) -> tuple[str, list[str]]:
+    text = str(slug)
+    bonus = text.startswith("bonus/")
+    name = text.removeprefix("bonus/")
+    match = re.match(r"\d+", name)
+    if match is None:
+        raise SettingsError(f"{text!r} is not the name of a lesson (like 01_lora_math)")
+    number = f"{int(match.group()):02d}"
+    names = [f"l{number}"]
+    if bonus:
+        rest = re.sub(r"\W", "_", name[match.end() :])
+        names.insert(0, f"b{number}{rest}")
+    return number, names
+
+
+def _load_file(path: Path, name: str) -> ModuleType:
+    full = f"medtut_own_lessons_{name}"
+    module = sys.modules.get(full)
+    if module is not None and module.__file__ == str(path):
+        return module
+    spec = importlib.util.spec_from_file_location(full, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[full] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _explain(
+    slug: str | int,
+    kind: type[LessonSettings],
+    profile: str,
+    given: dict[str, Any],
+    error: ValidationError,
+) -> str:
+    lines = []
+    for item in error.errors():
+        key = str(item["loc"][0]) if item["loc"] else "settings"
+        if item["type"] == "missing":
+            lines.append(
+                f"lesson {slug}: {key!r} has no value: not given, and profile "
+                f"{profile!r} has no preset for it"
+            )
+            continue
+        value = item["input"]
+        source = "" if key in given else f" (from the preset of {profile!r})"
+        lines.append(
+            f"lesson {slug}: {key} = {value!r}{source} ({type(value).__name__}): "
+            f"{_expected(kind, key)}; {item['msg'].lower()}"
+        )
+    return "\n".join(lines)
+
+
+def _expected(kind: type[LessonSettings], key: str) -> str:
+    field = kind.model_fields.get(key)
+    if field is None:
+        return "not a known combination"
+    annotation = field.annotation
+    if get_origin(annotation) is Literal:
+        return "expected one of " + ", ".join(repr(v) for v in get_args(annotation))
+    plain = {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+    }
+    name = plain.get(annotation) or str(annotation).replace("typing.", "")
+    return f"expected {name}"

@@ -1,0 +1,335 @@
+"""``medtut run``: lessons, headlessly, through papermill.
+
+Everything that can be refused is refused before the first kernel starts. A run works
+in ``<slug>.partial`` and takes the place of an earlier result only when it succeeded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medtut.course import engine, nbfile
+from medtut.course.catalog import environment, notebooks_dir
+from medtut.course.files import (
+    check_writable,
+    read_json,
+    replace_folder,
+    repository_root,
+    write_json,
+    write_text,
+)
+from medtut.course.plan import Plan, chosen, make_plan
+from medtut.course.profiles import choose_profile, profile_table
+
+
+@dataclass
+class LessonRun:
+    """The result of running one lesson.
+
+    Attributes
+    ----------
+    slug : str
+    ok : bool
+    folder : Path
+        The finished folder, or the ``.partial`` one of a failed run.
+    errors : list of str
+    cost : dict
+        What ``cost.json`` holds.
+    nb : notebook
+        As executed and cleaned.
+    """
+
+    slug: str
+    ok: bool
+    folder: Path
+    errors: list[str]
+    cost: dict[str, Any]
+    nb: Any
+
+
+def run_lessons(
+    lessons: Sequence[str | int] | None = None,
+    profile: str | None = None,
+    overrides: dict[str, Any] | None = None,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    solve: bool = False,
+    timeout: float | None = None,
+    progress: bool = True,
+    *,
+    notebooks: str | Path | None = None,
+    inject: bool = True,
+    record_costs: bool = False,
+    console: Any = None,
+) -> list[LessonRun]:
+    """Run lessons and write executed notebook, HTML, figures, numbers and cost.
+
+    Parameters
+    ----------
+    lessons : sequence of str or int, optional
+        Numbers, slugs or paths; None runs every notebook, without the bonus ones.
+    profile : {"smoke", "quick", "full"}, optional
+        Default: ``MEDTUT_PROFILE``, else quick. Given here, it beats the variable.
+    overrides : dict, optional
+        Settings of the lessons, as in ``--set``.
+    data : path, optional
+        Folder of the user's own data set.
+    out : path, optional
+        In the place of ``build``.
+    solve : bool
+        Put the solutions into the exercises; then every check must pass.
+    timeout : float, optional
+        Seconds per cell; default from ``profiles.yml``.
+    progress : bool
+        Show a bar that moves with the cells.
+    notebooks : path, optional
+        Another folder of notebooks.
+    inject : bool
+        Write profile and overrides into the notebook below its parameters; without,
+        the profile travels in the environment only.
+    record_costs : bool
+        Add time and memory to ``benchmarks/costs.json``.
+
+    Returns
+    -------
+    list of LessonRun
+        A failing lesson does not stop the others.
+
+    Raises
+    ------
+    SettingsError, MedtutError
+        Before anything runs: unknown lesson, profile or setting, a value of the
+        wrong type, a folder that cannot be written, a notebook without kernelspec.
+    """
+    from rich.console import Console
+
+    console = console or Console(stderr=True)
+    with environment(
+        **({"MEDTUT_NOTEBOOKS": str(notebooks_dir(notebooks))} if notebooks else {})
+    ):
+        name = choose_profile(None) if profile is None else profile
+        with environment(MEDTUT_PROFILE=name):
+            name = choose_profile(None)
+            base = Path(out).resolve() if out else repository_root() / "build"
+            given = dict(overrides or {})
+            plans = [
+                make_plan(lesson, name, given, data, base / name, solve, inject)
+                for lesson in chosen(lessons, notebooks)
+            ]
+            runs = []
+            for plan in plans:
+                limit = timeout or profile_table()[name]["cell_timeout"]
+                with _data(data):
+                    runs.append(_run(plan, limit, solve, progress, console))
+            from medtut.course.report import write_index
+
+            index = write_index(base / name, name)
+            if record_costs:
+                record(runs, name)
+    console.print(f"Overview: {index}", soft_wrap=True, highlight=False)
+    return runs
+
+
+def record(runs: Sequence[LessonRun], profile: str, file: Path | None = None) -> Path:
+    """Add time and memory of successful runs to ``benchmarks/costs.json``."""
+    file = file or repository_root() / "benchmarks" / "costs.json"
+    costs = read_json(file, {})
+    keep = ("seconds", "peak_memory_mb", "device", "cpu", "cores", "torch")
+    for run in runs:
+        if run.ok:
+            entry = {key: run.cost.get(key) for key in keep}
+            costs.setdefault(run.slug, {})[profile] = entry
+    return write_json(file, {slug: costs[slug] for slug in sorted(costs)})
+
+
+@contextlib.contextmanager
+def _data(data: str | Path | None) -> Iterator[None]:
+    if data is None:
+        yield
+        return
+    with environment(MEDTUT_DATA=str(Path(data).resolve())):
+        yield
+
+
+def _run(
+    plan: Plan, timeout: float, solve: bool, progress: bool, console: Any
+) -> LessonRun:
+    work = _workplace(plan)
+    source = work / "input.partial.ipynb"
+    target = work / plan.lesson.path.name
+    nbfile.write_notebook(plan.nb, source)
+    with (
+        environment(MEDTUT_OUT=str(work)),
+        _bar(plan, progress, console) as on_cell,
+    ):
+        done = engine.execute(
+            source,
+            target,
+            parameters=plan.parameters,
+            cwd=plan.lesson.path.parent,
+            timeout=timeout,
+            on_cell=on_cell,
+        )
+    source.unlink(missing_ok=True)
+    errors = _errors(plan, done, work, solve)
+    cost = _cost(plan, done, work)
+    write_json(work / "cost.json", cost)
+    if done.nb is not None:
+        shown = f"build/{plan.settings.profile}/{plan.lesson.slug}"
+        hide = {str(work): shown, str(repository_root()): ".", str(Path.home()): "~"}
+        nbfile.clean(done.nb, {k: v for k, v in hide.items() if len(k) > 1})
+        nbfile.write_notebook(done.nb, target)
+    if errors:
+        return _failed(plan, errors, cost, work, target, done.nb, console)
+    from medtut.course.render import to_html
+
+    write_text(target.with_suffix(".html"), to_html(done.nb, cost["title"]))
+    (work / "run.json").unlink(missing_ok=True)
+    replace_folder(work, plan.folder)
+    from medtut.course.report import memory, minutes
+
+    console.print(
+        f"{plan.lesson.slug} ({plan.settings.profile}): "
+        f"{minutes(cost['seconds'])}, {memory(cost['peak_memory_mb'])}"
+    )
+    return LessonRun(plan.lesson.slug, True, plan.folder, [], cost, done.nb)
+
+
+def _failed(
+    plan: Plan,
+    errors: list[str],
+    cost: dict[str, Any],
+    work: Path,
+    target: Path,
+    nb: Any,
+    console: Any,
+) -> LessonRun:
+    say = [f"{plan.lesson.slug} ({plan.settings.profile}) FAILED", *errors]
+    if target.is_file():
+        say.append(f"The notebook as far as it came: {target}")
+    if plan.folder.is_dir():
+        say.append(f"The result of an earlier run is left as it was: {plan.folder}")
+    for line in say:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return LessonRun(plan.lesson.slug, False, work, errors, cost, nb)
+
+
+def _workplace(plan: Plan) -> Path:
+    """Return the ``.partial`` folder; one left by the same run is gone on with."""
+    work = plan.folder.with_name(plan.folder.name + ".partial")
+    text = "\n".join(cell.source for cell in plan.nb.cells)
+    settings = plan.settings.model_dump(mode="json")
+    key = {
+        "settings": settings,
+        "notebook": hashlib.sha256(text.encode("utf-8")).hexdigest(),
+    }
+    if work.exists() and read_json(work / "run.json") != key:
+        shutil.rmtree(work, ignore_errors=True)
+    check_writable(work)
+    # Numbers of the broken-off run must not be read as this one's.
+    for name in ("metrics.json", "metrics.previous.json", "figures.json"):
+        (work / name).unlink(missing_ok=True)
+    write_json(work / "run.json", key)
+    return work
+
+
+def _errors(plan: Plan, done: engine.Execution, work: Path, solve: bool) -> list[str]:
+    found = [str(error) for error in nbfile.find_errors(done.nb)] if done.nb else []
+    if done.error and not any(done.error in text for text in found):
+        found.insert(0, str(nbfile.error_at(done.nb, done.cell, done.error)))
+    if found:
+        return found
+    skipped = nbfile.not_executed(done.nb) if done.nb else []
+    if skipped:
+        return [f"cell {index + 1} was not run" for index in skipped]
+    result = read_json(work / "metrics.json", {})
+    if result.get("status") != "complete":
+        return ["the notebook never called lesson.finish()"]
+    if solve:
+        return _unsolved(plan, done.nb)
+    return []
+
+
+def _unsolved(plan: Plan, nb: Any) -> list[str]:
+    """Name exercises whose check says anything but "correct" of the solution."""
+    from medtut.course.exercises import outcomes_in
+
+    said = outcomes_in(nb)
+    return [
+        f"exercise {name}: its solution is {said.get(name, 'never checked')}, "
+        "not correct"
+        for name in plan.solved
+        if said.get(name) != "correct"
+    ]
+
+
+def _cost(plan: Plan, done: engine.Execution, work: Path) -> dict[str, Any]:
+    from medtut.course import machine
+
+    result = read_json(work / "metrics.json", {})
+    here = {**machine.describe_machine(), **result.get("machine", {})}
+    inside = float(result.get("peak_memory_mb", 0.0))
+    title = next(
+        (
+            match.group(1).strip()
+            for cell in plan.nb.cells
+            if cell.cell_type == "markdown"
+            and (match := re.search(r"^#\s+(.+)$", cell.source, re.MULTILINE))
+        ),
+        plan.lesson.slug,
+    )
+    return {
+        "lesson": plan.lesson.slug,
+        "title": title,
+        "profile": plan.settings.profile,
+        "seconds": round(done.seconds, 1),
+        "peak_memory_mb": round(max(done.peak_mb, inside), 1),
+        "device": here["device"],
+        "cpu": here["cpu"],
+        "cores": here["cores"],
+        "torch": machine.versions().get("torch"),
+        "cells": done.cell_seconds,
+    }
+
+
+@contextlib.contextmanager
+def _bar(plan: Plan, progress: bool, console: Any) -> Iterator[Any]:
+    total = len(plan.nb.cells) + bool(plan.parameters)
+    if not progress or not console.is_terminal:
+        console.print(f"{plan.lesson.slug} ({plan.settings.profile}): {total} cells")
+        yield None
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("cells"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[heading]}", markup=False),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(plan.lesson.slug, total=total, heading="")
+
+        def on_cell(index: int, cell: Any) -> None:
+            fields = {}
+            if cell.cell_type == "markdown":
+                match = re.search(r"^#+\s+(.+)$", cell.source, re.MULTILINE)
+                fields = {"heading": match.group(1)[:40]} if match else {}
+            bar.update(task, completed=index, **fields)
+
+        yield on_cell

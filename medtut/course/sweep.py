@@ -1,0 +1,248 @@
+"""``medtut sweep``: arms times seeds, one JSON per run, restartable run by run.
+
+The runs under ``benchmarks/sweeps/<lesson>/<arm>/seed<k>.json`` are committed: a
+quick notebook trains a little live and draws the full comparison from these files.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from medtut.course import machine
+from medtut.course.catalog import environment
+from medtut.course.files import check_writable, read_json, repository_root, write_json
+from medtut.course.lesson import _plain
+from medtut.course.profiles import (
+    SettingsError,
+    _did_you_mean,
+    choose_profile,
+    lesson_module,
+    resolve,
+)
+from medtut.errors import MedtutError
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Read ``"0-4"``, ``"0,2,5"`` or a mixture of both.
+
+    Examples
+    --------
+    >>> parse_seeds("0-2,7")
+    [0, 1, 2, 7]
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if match is None or (match[2] and int(match[2]) < int(match[1])):
+            raise SettingsError(f"--seeds {text!r}: write it as 0-4 or 0,2,5")
+        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return list(dict.fromkeys(seeds))
+
+
+def run_sweep(
+    lesson: str | int,
+    arms: Sequence[str] | None = None,
+    seeds: Sequence[int] = range(5),
+    profile: str | None = None,
+    overrides: dict[str, Any] | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    console: Any = None,
+) -> list[dict[str, Any]]:
+    """Run every arm with every seed that has no result yet.
+
+    The lesson's module gives ``ARMS`` (name to settings that differ) and
+    ``run_arm(arm, seed, settings) -> metrics``. Seeds are the outer loop: broken off,
+    a sweep has the same number of seeds of every arm.
+
+    Parameters
+    ----------
+    lesson : str or int
+        Number or slug.
+    arms : sequence of str, optional
+        All by default.
+    seeds : sequence of int
+    profile : str, optional
+        Given here, it beats ``MEDTUT_PROFILE``.
+    overrides : dict, optional
+        Settings for all arms; an arm's own settings win.
+    out : path, optional
+        Default ``benchmarks/sweeps/<slug>`` in the clone.
+    force : bool
+        Make runs again whose stored settings differ.
+
+    Returns
+    -------
+    list of dict
+        One per run, stored and new; a run that raised has only ``arm``, ``seed`` and
+        ``error``, and leaves no file.
+
+    Raises
+    ------
+    SettingsError
+        No such lesson or arm; stored runs with other settings (before anything runs).
+    """
+    from rich.console import Console
+
+    console = console or Console(stderr=True)
+    slug = sweep_slug(lesson)
+    module = lesson_module(slug)
+    known = getattr(module, "ARMS", None)
+    if not known or not hasattr(module, "run_arm"):
+        raise SettingsError(f"lesson {slug} has no arms to sweep")
+    if "seed" in (overrides or {}):
+        raise SettingsError("use --seeds in the place of --set seed=...")
+    for arm in arms or []:
+        if arm not in known:
+            raise SettingsError(
+                f"lesson {slug} has no arm {arm!r}{_did_you_mean(arm, known)}; the "
+                f"arms are {', '.join(known)}"
+            )
+    chosen = list(arms or known)
+    folder = Path(out) if out else _folder(slug)
+    with environment(MEDTUT_PROFILE=profile or choose_profile()):
+        todo = [
+            (
+                arm,
+                seed,
+                resolve(slug, None, {**(overrides or {}), **known[arm], "seed": s}),
+            )
+            for seed in seeds
+            for arm in chosen
+            for s in [seed]
+        ]
+        cohort = getattr(module, "COHORT_VERSION", None)
+        stored = {}
+        for arm, seed, settings in todo:
+            path = folder / arm / f"seed{seed}.json"
+            old = read_json(path)
+            if path.exists() and not force:
+                _refuse_other(path, old, _settings(settings), cohort)
+            if old and (old["settings"], old["cohort"]) == (
+                _settings(settings),
+                cohort,
+            ):
+                stored[arm, seed] = old
+        check_writable(folder)
+        results = []
+        for arm, seed, settings in todo:
+            if (arm, seed) in stored:
+                results.append(stored[arm, seed])
+                console.print(f"{slug} {arm} seed {seed}: stored", highlight=False)
+                continue
+            path = folder / arm / f"seed{seed}.json"
+            results.append(_one(module, slug, arm, seed, settings, path, console))
+    return results
+
+
+def load_sweep(
+    lesson: str | int, out: str | Path | None = None
+) -> list[dict[str, Any]]:
+    """Return the stored runs of a lesson, by arm and seed.
+
+    Raises
+    ------
+    MedtutError
+        When there are none, or the runs are of more than one profile or cohort: they
+        cannot be compared.
+    """
+    slug = sweep_slug(lesson)
+    folder = Path(out) if out else _folder(slug)
+    runs = [read_json(path) for path in sorted(folder.glob("*/seed*.json"))]
+    runs = [run for run in runs if run]
+    if not runs:
+        raise MedtutError(f"no stored runs in {folder}; make them: medtut sweep {slug}")
+    kinds = {(run["settings"]["profile"], run["cohort"]) for run in runs}
+    if len(kinds) > 1:
+        listed = ", ".join(f"{p} (cohort {c})" for p, c in sorted(kinds, key=str))
+        raise MedtutError(f"the runs in {folder} cannot be compared: {listed}")
+    return sorted(runs, key=lambda run: (run["arm"], run["seed"]))
+
+
+def sweep_slug(lesson: str | int) -> str:
+    """Return the slug of a lesson, or its number when it has no notebook yet."""
+    from medtut.course.catalog import find_lesson
+
+    try:
+        return find_lesson(lesson).slug
+    except SettingsError:
+        lesson_module(lesson)
+        text = str(lesson)
+        return f"{int(text):02d}" if text.isdigit() else text
+
+
+def _folder(slug: str) -> Path:
+    return repository_root() / "benchmarks" / "sweeps" / Path(slug)
+
+
+def _settings(settings: Any) -> dict[str, Any]:
+    """Return settings as they are stored: JSON types, no folders of one machine."""
+    values = settings.model_dump(mode="json")
+    values.pop("out")
+    values["data"] = "own data" if values["data"] else None
+    return values
+
+
+def _refuse_other(path: Path, old: Any, settings: dict[str, Any], cohort: Any) -> None:
+    if not isinstance(old, dict) or not {"settings", "cohort"} <= set(old):
+        raise SettingsError(f"{path} is not a stored run; --force overwrites it")
+    before = {**old["settings"], "cohort version": old["cohort"]}
+    now = {**settings, "cohort version": cohort}
+    differ = [
+        f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if differ:
+        raise SettingsError(
+            f"{path} was made with other settings ({'; '.join(differ)}); --force makes "
+            "it again, --out puts the new runs elsewhere"
+        )
+
+
+def _one(
+    module: Any,
+    slug: str,
+    arm: str,
+    seed: int,
+    settings: Any,
+    path: Path,
+    console: Any,
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    try:
+        metrics = _plain("metrics", dict(module.run_arm(arm, seed, settings)))
+    except Exception as error:
+        # One diverging run must not cost a night's sweep.
+        text = f"{type(error).__name__}: {error}"
+        console.print(f"{slug} {arm} seed {seed} FAILED: {text}", markup=False)
+        return {"arm": arm, "seed": seed, "error": text}
+    seconds = round(time.perf_counter() - start, 1)
+    result = {
+        "lesson": slug,
+        "arm": arm,
+        "seed": seed,
+        "settings": _settings(settings),
+        "cohort": getattr(module, "COHORT_VERSION", None),
+        "metrics": metrics,
+        "seconds": seconds,
+        "hours": round(seconds / 3600, 4),
+        "command": _command(),
+        "versions": machine.versions(),
+        "machine": machine.describe_machine(),
+    }
+    write_json(path, result)
+    console.print(f"{slug} {arm} seed {seed}: {seconds:.0f} s", highlight=False)
+    return result
+
+
+def _command() -> str:
+    """Return the command line, without the folder the program lies in."""
+    arguments = [arg for arg in sys.argv[1:] if not Path(arg).is_absolute()]
+    return shlex.join(["medtut", *arguments])

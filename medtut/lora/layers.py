@@ -1,0 +1,220 @@
+"""Low-rank linear layers, plain and for the parts of a fused projection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medtut.lora.core import AdapterSpec, LoRAError, LoRALayer
+
+
+class LoRALinear(LoRALayer, nn.Linear):
+    r"""A linear layer with a low-rank branch.
+
+    ``y = W x + b + s B A dropout(x)`` with ``s`` from ``scaling``. DoRA gives
+    ``y = m * (W x + s B A dropout(x)) / ||W + s B A||_row + b`` with the norm held
+    constant for the gradient (only the low-rank branch sees the dropout).
+
+    PiSSA starts ``A0, B0`` at the top singular directions of ``W`` and trains copies
+    of them: ``y = W x + s (B A - B0 A0) x``. The paper stores the residual
+    ``W - s B0 A0`` in place of ``W``; we keep ``W`` as it is and the frozen pair
+    beside it. That is the same function with the same gradients, and it leaves the
+    base bit for bit intact, so that a saved adapter fits the original weights.
+
+    Parameters
+    ----------
+    base : nn.Linear
+        The layer to adapt; weight (out, in). Its parameters are shared and frozen.
+    r, alpha, scaling, dropout, variant
+        See :class:`AdapterSpec`.
+
+    Attributes
+    ----------
+    A : Parameter, (r, in)
+    B : Parameter, (out, r)
+
+    Raises
+    ------
+    LoRAError
+        If a setting is out of range or r exceeds min(in, out).
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        r: int = 8,
+        alpha: float = 16.0,
+        *,
+        scaling: str = "alpha/r",
+        dropout: float = 0.0,
+        variant: str = "lora",
+        _check: bool = True,
+    ) -> None:
+        if not isinstance(base, nn.Linear):
+            raise LoRAError(f"LoRALinear wraps an nn.Linear, not {type(base).__name__}")
+        self._adopt(base, AdapterSpec(r, alpha, scaling, dropout, variant))
+        self._make_slots(_check)
+
+    def _make_slots(self, check: bool) -> None:
+        r = self.spec.r
+        self._add_slot(
+            "all",
+            "weight",
+            None,
+            (r, self.in_features),
+            (self.out_features, r),
+            check,
+        )
+
+    @property
+    def A(self) -> Tensor:
+        """(r, in) down-projection; the only one if there is one."""
+        return self.slots()[0].A
+
+    @property
+    def B(self) -> Tensor:
+        """(out, r) up-projection; the only one if there is one."""
+        return self.slots()[0].B
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """One pair (A, B) with ``delta = scale * B @ A``, exact for every variant."""
+        if self.spec.variant != "pissa":
+            return self.lora_A, self.lora_B
+        A = torch.cat([self.lora_A, self.lora_A0])
+        return A, torch.cat([self.lora_B, -self.lora_B0], dim=1)
+
+    def _row_scale(self) -> Tensor:
+        """DoRA's ``m / ||W + s B A||`` per output, 1 where a row is not adapted."""
+        scale = None
+        for slot in self.slots():
+            with torch.no_grad():
+                base = self._rows_of(self.weight, slot.rows).to(slot.A.dtype)
+                norm = (base + self._low_rank(slot)).norm(dim=1)
+            part = slot.magnitude / norm
+            if slot.rows is None:
+                return part
+            if scale is None:
+                scale = part.new_ones(self.out_features)
+            scale = scale.index_copy(0, slot.rows, part)
+        assert scale is not None
+        return scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if self._pristine:  # merged: nothing but the base layer
+            return F.linear(x, self.weight, self.bias)
+        spec = self.spec
+        A, B = self.factors()
+        dora = spec.variant == "dora"
+        rows = x.reshape(-1, self.in_features)
+        y = F.linear(rows, self.weight, None if dora else self.bias)
+        if spec.dropout and self.training:
+            rows = F.dropout(rows, spec.dropout)
+        if y.dtype == A.dtype and not torch.is_autocast_enabled(x.device.type):
+            # One fused multiply-add into the output we already own.
+            y = y.addmm_(F.linear(rows, A), B.t(), alpha=spec.scale)
+        elif torch.is_autocast_enabled(x.device.type):
+            y = y + spec.scale * F.linear(F.linear(rows, A), B)
+        else:
+            branch = spec.scale * F.linear(F.linear(rows.to(A.dtype), A), B)
+            y = (y + branch).to(y.dtype)
+        if dora:
+            dtype = y.dtype
+            y = y * self._row_scale()
+            y = (y if self.bias is None else y + self.bias).to(dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class LoRAFusedLinear(LoRALinear):
+    """Chosen parts of a fused projection, each part with its own (A, B).
+
+    Parameters
+    ----------
+    base : nn.Linear
+        Weight (n * d, in), n parts of d rows each.
+    parts : sequence of str
+        Parts to adapt, from ``order``.
+    order : sequence of str
+        The parts as they lie in the weight, by default query, key, value.
+    layout : {"thirds", "per-head"}
+        "thirds": whole parts one after another, ``[q | k | v]`` (timm, MONAI,
+        segment-anything). "per-head": for each head its q, k and v.
+    heads : int, optional
+        Number of heads, for "per-head".
+
+    Raises
+    ------
+    LoRAError
+        If the rows do not divide, or a part is unknown.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        r: int = 8,
+        alpha: float = 16.0,
+        *,
+        parts: Iterable[str] = ("query", "value"),
+        order: Iterable[str] = ("query", "key", "value"),
+        layout: str = "thirds",
+        heads: int | None = None,
+        scaling: str = "alpha/r",
+        dropout: float = 0.0,
+        variant: str = "lora",
+        _check: bool = True,
+    ) -> None:
+        self._adopt(base, AdapterSpec(r, alpha, scaling, dropout, variant))
+        self.order, self.layout, self.heads = tuple(order), layout, heads
+        chosen = tuple(p for p in self.order if p in set(parts))
+        unknown = set(parts) - set(self.order)
+        if unknown or not chosen:
+            raise LoRAError(
+                f"parts {sorted(parts)} do not fit a fused layer of "
+                f"{', '.join(self.order)}."
+            )
+        for part in chosen:
+            rows = part_rows(self.out_features, self.order, part, layout, heads)
+            shape = (self.spec.r, self.in_features)
+            self._add_slot(
+                part, "weight", rows, shape, (len(rows), self.spec.r), _check
+            )
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (R, in) stacked, B (out, R) with each part's block in its own rows."""
+        As, Bs = [], []
+        for slot in self.slots():
+            A, B = slot.A, slot.B
+            if slot.A0 is not None and slot.B0 is not None:
+                A = torch.cat([A, slot.A0])
+                B = torch.cat([B, -slot.B0], dim=1)
+            empty = B.new_zeros(self.out_features, B.shape[1])
+            As.append(A)
+            Bs.append(empty.index_copy(0, slot.rows, B))
+        return torch.cat(As), torch.cat(Bs, dim=1)
+
+
+def part_rows(
+    rows: int,
+    order: tuple[str, ...],
+    part: str,
+    layout: str = "thirds",
+    heads: int | None = None,
+) -> Tensor:
+    """Row numbers of one part in a fused weight with ``rows`` rows."""
+    n, index = len(order), order.index(part)
+    if rows % n:
+        raise LoRAError(f"a weight with {rows} rows does not split into {n} parts.")
+    if layout == "thirds":
+        return torch.arange(index * (rows // n), (index + 1) * (rows // n))
+    if layout != "per-head":
+        raise LoRAError(f"unknown layout {layout!r}; use 'thirds' or 'per-head'.")
+    if not heads or rows % (n * heads):
+        raise LoRAError(
+            f"the per-head layout of {rows} rows needs the number of heads, got "
+            f"{heads!r}; set qkv_heads in LoRAConfig."
+        )
+    table = torch.arange(rows).view(heads, n, rows // (n * heads))
+    return table[:, index].reshape(-1)

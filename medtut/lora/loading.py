@@ -1,0 +1,344 @@
+"""Loading an adapter folder: ours, or one that peft wrote."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from medtut.lora.attention import PARTS, LoRAMultiheadAttention
+from medtut.lora.conv import _LoRAConv
+from medtut.lora.core import AdapterSpec, LoRAError, LoRALayer
+from medtut.lora.fingerprint import check_base, total
+from medtut.lora.inject import (
+    Injection,
+    adapted_layers,
+    eject,
+    guard_fast_paths,
+    make_layer,
+    replace_modules,
+)
+from medtut.lora.io import BASE, CONFIG, PREFIX, WEIGHTS
+
+_KEY = re.compile(
+    r"^(?P<name>.+?)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector)(\.weight)?$"
+)
+Group = dict[str, Tensor]
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LoRAError(
+            f"{path} is missing: an adapter folder holds {WEIGHTS} and {CONFIG}."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise LoRAError(f"{path} is damaged or unreadable: {error}") from error
+    if not isinstance(content, dict):
+        raise LoRAError(f"{path} is damaged: expected a JSON object.")
+    return content
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        old = path.with_name("adapter_model.bin")
+        hint = (
+            f" {old.name} is a pickle and is not opened; save it again with "
+            "safe_serialization=True."
+            if old.exists()
+            else " Check the folder."
+        )
+        raise LoRAError(f"{path} is missing.{hint}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise LoRAError(
+            f"{path} is damaged or cut short ({error}); copy or save it again."
+        ) from error
+
+
+def _groups(
+    tensors: dict[str, Tensor], path: Path
+) -> tuple[dict[str, Group], dict[str, Tensor]]:
+    """Adapter tensors by layer, and the rest (modules stored whole)."""
+    groups: dict[str, Group] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        short = key.removeprefix(PREFIX)
+        match = _KEY.match(short)
+        if match:
+            name = match["name"].replace(".base_layer.", ".")
+            groups.setdefault(name, {})[match["kind"]] = tensor
+        elif "lora_" in short:
+            raise LoRAError(
+                f"{path}: {key} belongs to a kind of adapter that medtut does not "
+                "have (embeddings, adapter biases and others of peft)."
+            )
+        else:
+            rest[short] = tensor
+    for name, group in groups.items():
+        if not {"lora_A", "lora_B"} <= set(group):
+            raise LoRAError(f"{path}: {name} has only {', '.join(group)}")
+    if not groups:
+        raise LoRAError(f"{path} holds no LoRA tensors.")
+    return groups, rest
+
+
+def _pattern(patterns: dict, name: str, default: float) -> float:
+    """peft's rule: a key fits if it is the end of the name, at a dot."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def _peft_spec(config: dict, name: str, group: Group) -> AdapterSpec:
+    rank = group["lora_A"].shape[0]
+    alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", rank))
+    return AdapterSpec(
+        rank,
+        float(alpha),
+        "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
+        float(config.get("lora_dropout") or 0.0),
+        "dora" if "lora_magnitude_vector" in group else "lora",
+    )
+
+
+def _ungroup(A: Tensor, groups: int, where: str) -> Tensor:
+    """The shared A of a block-diagonal one; see :mod:`medtut.lora.conv`."""
+    r, width = A.shape[0] // groups, A.shape[1] // groups
+    blocks = A.view(groups, r, groups, width, *A.shape[2:])
+    shared = blocks[0, :, 0]
+    for i in range(groups):
+        for j in range(groups):
+            want = shared if i == j else torch.zeros_like(shared)
+            if not torch.equal(blocks[i, :, j], want):
+                raise LoRAError(
+                    f"{where}: this adapter of a grouped convolution mixes groups, "
+                    "as peft trains them; no grouped weight can hold that."
+                )
+    return shared
+
+
+def _assign(slot_A: Tensor, slot_B: Tensor, A: Tensor, B: Tensor, where: str) -> None:
+    for mine, new in ((slot_A, A), (slot_B, B)):
+        if mine.shape != new.shape:
+            raise LoRAError(
+                f"{where}: the file has a tensor of shape {tuple(new.shape)} where "
+                f"this model needs {tuple(mine.shape)}: another architecture."
+            )
+    slot_A.copy_(A)
+    slot_B.copy_(B)
+
+
+@torch.no_grad()
+def _fill(layer: LoRALayer, group: Group, name: str, ours: bool) -> None:
+    """Put the tensors of one peft layer into ours, the inverse of saving."""
+    A, B = group["lora_A"], group["lora_B"]
+    if isinstance(layer, _LoRAConv) and layer.groups > 1:
+        A = _ungroup(A, layer.groups, name)
+    start = 0
+    r = layer.spec.r
+    for slot in layer.slots():
+        if slot.part == "output" and isinstance(layer, LoRAMultiheadAttention):
+            a, b, start = group["out_A"], group["out_B"], 0
+        else:
+            a, b = A, B if slot.rows is None else B.index_select(0, slot.rows.cpu())
+        if not ours:
+            # One pair from peft serves all parts: each keeps its own copy.
+            _assign(slot.A, slot.B, a, b, name)
+        else:
+            _assign(slot.A, slot.B, a[start : start + r], b[:, start : start + r], name)
+            start += r
+            if slot.A0 is not None and slot.B0 is not None:
+                stop = start + r
+                _assign(slot.A0, slot.B0, a[start:stop], -b[:, start:stop], name)
+                start = stop
+        if slot.magnitude is not None:
+            m = group["lora_magnitude_vector"].reshape(-1)
+            slot.magnitude.copy_(
+                m if slot.rows is None else m.index_select(0, slot.rows.cpu())
+            )
+
+
+def _attention_groups(model: nn.Module, groups: dict[str, Group]) -> dict[str, Group]:
+    """Join the output projection of a MultiheadAttention to its module."""
+    joined: dict[str, Group] = {}
+    for name, group in groups.items():
+        parent, _, last = name.rpartition(".")
+        try:
+            owner = model.get_submodule(parent)
+        except AttributeError:
+            owner = None
+        if last == "out_proj" and isinstance(owner, nn.MultiheadAttention):
+            target = joined.setdefault(parent, {})
+            target |= {"out_A": group["lora_A"], "out_B": group["lora_B"]}
+        else:
+            joined[name] = joined.get(name, {}) | group
+    for name, group in joined.items():
+        if "lora_A" not in group or (
+            "out_A" not in group and _is_attention(model, name)
+        ):
+            raise LoRAError(f"{name}: the file has only one of its two projections.")
+    return joined
+
+
+def _is_attention(model: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(model.get_submodule(name), nn.MultiheadAttention)
+    except AttributeError:
+        return False
+
+
+def _build(
+    model: nn.Module, config: dict, record: dict | None, name: str, group: Group
+) -> tuple[nn.Module, LoRALayer]:
+    try:
+        base = model.get_submodule(name)
+    except AttributeError as error:
+        raise LoRAError(
+            f"the adapter changes {name}, which {type(model).__name__} does not have: "
+            "it belongs to another architecture."
+        ) from error
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+    if not isinstance(base, kinds):
+        raise LoRAError(f"{name} is a {type(base).__name__}, which is not adaptable.")
+    if record is not None:
+        keys = ("r", "alpha", "scaling", "dropout", "variant")
+        spec = AdapterSpec(**{k: record[k] for k in keys})
+        shape = {k: record[k] for k in ("order", "layout", "heads") if k in record}
+        layer = make_layer(base, spec, parts=record["parts"], check=False, **shape)
+    else:
+        attention = isinstance(base, nn.MultiheadAttention)
+        spec = _peft_spec(config, name, group)
+        groups = getattr(base, "groups", 1)
+        if groups > 1:
+            # Our rank counts one group's channels, peft's all of them.
+            r = spec.r // groups
+            alpha = spec.scale * r
+            spec = AdapterSpec(r, alpha, "alpha/r", spec.dropout, spec.variant)
+        layer = make_layer(base, spec, parts=PARTS if attention else (), check=False)
+        if attention and group["out_B"].any():
+            # huggingface/peft pull request 3774
+            warnings.warn(
+                f"{name}: peft up to 0.21.2 adds the update of a MultiheadAttention's "
+                "output projection twice; here it counts once, so an adapter trained "
+                "there gives other outputs.",
+                stacklevel=3,
+            )
+    _fill(layer, group, name, ours=record is not None)
+    return base, layer
+
+
+def load_adapter(
+    model: nn.Module, folder: str | Path, *, allow_other_base: bool = False
+) -> Injection:
+    """Put a saved adapter into a model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The bare base model. If it has adapters, they are taken out first (their
+        parameters are then no longer the model's: make a new optimizer).
+    folder : path
+        Written by :func:`save_adapter` or by peft.
+    allow_other_base : bool
+        Attach even if the base weights are not those it was trained on.
+
+    Returns
+    -------
+    Injection
+
+    Raises
+    ------
+    LoRAError
+        If a file is missing, damaged or of another kind, if the model has another
+        architecture, or other weights. The model is then unchanged. Files without a
+        fingerprint (peft's) give a warning.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise LoRAError(f"{folder} is not a folder; give the folder of an adapter.")
+    config = _read_json(folder / CONFIG)
+    if config.get("peft_type", "LORA") != "LORA":
+        raise LoRAError(
+            f"{folder} holds a {config['peft_type']} adapter; medtut reads LORA."
+        )
+    tensors, metadata = _read_tensors(folder / WEIGHTS)
+    groups, rest = _groups(tensors, folder / WEIGHTS)
+    records = _check_fingerprint(model, folder, metadata, allow_other_base)
+    groups = _attention_groups(model, groups)
+    own = model.state_dict()
+    for key, tensor in rest.items():
+        if key not in own or own[key].shape != tensor.shape:
+            raise LoRAError(
+                f"{folder / WEIGHTS}: {key} {tuple(tensor.shape)} has no place in this "
+                "model. Build the model with the same head first."
+            )
+
+    before = {p: p.requires_grad for p in model.parameters()}
+    old = adapted_layers(model)
+    eject(model)
+    try:
+        built = {
+            name: _build(model, config, records.get(name), name, group)
+            for name, group in groups.items()
+        }
+    except LoRAError:
+        replace_modules(model, {id(m._origin[0]): m for m in old.values()})
+        guard_fast_paths(model)
+        for p, flag in before.items():
+            p.requires_grad_(flag)
+        raise
+    for p in model.parameters():
+        p.requires_grad_(False)
+    replace_modules(model, {id(base): layer for base, layer in built.values()})
+    guard_fast_paths(model)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        state = model.state_dict()
+        for key, tensor in rest.items():
+            state[key].copy_(tensor)
+            if key in parameters:
+                parameters[key].requires_grad_(True)
+    return Injection({name: layer for name, (_, layer) in built.items()})
+
+
+def _check_fingerprint(
+    model: nn.Module, folder: Path, metadata: dict[str, str], allow: bool
+) -> dict[str, dict]:
+    """Check the base, return how our layers were built (empty for peft's files)."""
+    if "medtut_base" not in metadata or not (folder / BASE).exists():
+        warnings.warn(
+            f"{folder} has no fingerprint of the base weights: make sure yourself "
+            "that this is the model it was trained on.",
+            stacklevel=3,
+        )
+        return {}
+    base = _read_json(folder / BASE)
+    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    try:
+        records, hashes = base["layers"], base["tensors"]
+        mixed = digest != base["adapter_sha256"]
+    except KeyError as error:
+        raise LoRAError(f"{folder / BASE} is damaged: {error} is missing") from error
+    if mixed or metadata["medtut_base"] != total(hashes):
+        raise LoRAError(
+            f"the files in {folder} come from different saves, or {BASE} or {WEIGHTS} "
+            "was changed; save the adapter again."
+        )
+    if not allow:
+        check_base(model, hashes, str(folder))
+    return records
+
+
+__all__ = ["load_adapter"]

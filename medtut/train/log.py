@@ -1,0 +1,63 @@
+"""The log of a run: one JSON object per line, readable while the run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Log:
+    """Keeps the history in memory and, if there is a file, on disk.
+
+    Parameters
+    ----------
+    path : Path or None
+        ``log.jsonl`` of the run.
+    keep_to : int
+        Lines of later steps are dropped, and so is a line that was cut off: the run
+        goes on after this step, and no step may stand in the log twice.
+    """
+
+    def __init__(self, path: Path | None, keep_to: int) -> None:
+        self.history: list[dict[str, Any]] = []
+        self._file = None
+        if path is None:
+            return
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    break
+                if entry["step"] > keep_to:
+                    break
+                self.history.append(entry)
+        partial = path.with_name(path.name + ".partial")
+        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(_line(entry) for entry in self.history)
+        os.replace(partial, path)
+        self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
+
+    def add(self, event: str, step: int, **values: Any) -> None:
+        """Add one line and bring it to the file at once."""
+        entry = {"event": event, "step": step, **values}
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                entry[name] = None  # JSON has no NaN
+        self.history.append(entry)
+        if self._file:
+            self._file.write(_line(entry))
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; the history stays."""
+        if self._file:
+            self._file.close()
+            self._file = None
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"

@@ -1,0 +1,132 @@
+"""The package stays small, and lower rooms never import the course."""
+
+import ast
+import io
+import subprocess
+import sys
+import token
+import tokenize
+from pathlib import Path
+
+import pytest
+
+import medtut
+
+PACKAGE = Path(medtut.__file__).parent
+LIMIT, MODULE_LIMIT, LESSON_LIMIT = 9_000, 400, 1_000
+LOWER = ("lora", "data", "train", "audit", "models", "adapters", "evaluate")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "monai",
+    "transformers",
+    "matplotlib",
+    "numpy",
+    "papermill",
+    "nbformat",
+    "scipy",
+    "pydantic",
+    "yaml",
+)
+NOT_TOKENS = {
+    token.NEWLINE, token.INDENT, token.DEDENT, token.ENDMARKER, tokenize.NL,
+    tokenize.COMMENT, tokenize.ENCODING,
+}  # fmt: skip
+
+
+def code_lines(source: str) -> int:
+    """Count lines that hold code: no blank lines, comments or docstrings."""
+    docs: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        body = getattr(node, "body", None)
+        if not isinstance(body, list) or not body:
+            continue
+        first = body[0]
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            docs.update(range(first.lineno, first.end_lineno + 1))
+    lines: set[int] = set()
+    for item in tokenize.generate_tokens(io.StringIO(source).readline):
+        if item.type not in NOT_TOKENS:
+            lines.update(range(item.start[0], item.end[0] + 1))
+    return len(lines - docs)
+
+
+def modules() -> dict[str, Path]:
+    """Return every module of the package by its path below it."""
+    return {p.relative_to(PACKAGE).as_posix(): p for p in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported(source: str) -> set[str]:
+    """Return the dotted names a module imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def climbs(source: str) -> bool:
+    """Whether a module imports the course or the command line."""
+    return any(
+        name == top or name.startswith(top + ".")
+        for name in imported(source)
+        for top in ("medtut.course", "medtut.cli")
+    )
+
+
+def test_lines_of_code():
+    counts = {
+        name: code_lines(path.read_text(encoding="utf-8"))
+        for name, path in modules().items()
+    }
+    apart = ("course/exercises/", "course/claims")
+    package = {k: n for k, n in counts.items() if not k.startswith(apart)}
+    rooms: dict[str, int] = {}
+    for name, lines in package.items():
+        room = name.split("/")[0] if "/" in name else "top"
+        rooms[room] = rooms.get(room, 0) + lines
+    lessons = {k: n for k, n in package.items() if k.startswith("course/lessons/l")}
+    print(f"medtut: {sum(package.values())} lines of code of {LIMIT}; {rooms}")
+    print(f"exercises and claims apart: {sum(counts.values()) - sum(package.values())}")
+    print(f"lessons' own part: {lessons}")
+    assert sum(package.values()) < LIMIT
+    assert all(lines < LESSON_LIMIT for lines in lessons.values()), lessons
+
+
+def test_no_module_is_long():
+    long = {
+        name: lines
+        for name, path in modules().items()
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > MODULE_LIMIT
+    }
+    assert long == {}
+
+
+def test_lower_rooms_do_not_import_the_course():
+    bad = [
+        name
+        for name, path in modules().items()
+        if name.split("/")[0] in LOWER and climbs(path.read_text(encoding="utf-8"))
+    ]
+    assert bad == []
+
+
+@pytest.mark.parametrize("module", ["medtut", "medtut.cli"])
+def test_import_loads_nothing_heavy(module):
+    code = f"import sys, {module}; print(*[n for n in {HEAVY!r} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
+
+
+def test_the_counters_see_what_they_should():
+    source = (
+        '"""Doc\nmore."""\nimport os  # why\n\ndef f():\n    """Doc."""\n    return 1'
+    )
+    assert code_lines(source) == 3
+    assert climbs("def f():\n    from medtut.course.files import write_text")
+    assert climbs("from medtut import course")
+    assert climbs("import medtut.cli")
+    assert not climbs("from medtut.data import cache\nimport medtut.courses")
