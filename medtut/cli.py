@@ -132,11 +132,19 @@ def sweep(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    code: Annotated[
+        str | None, typer.Option("--decode", help="Read a collected result code.")
+    ] = None,
+) -> None:
     """Check Python, packages, device, memory, disk, network and cache."""
     from rich.console import Console
 
-    from medtut.course.doctor import run_doctor
+    from medtut.course.doctor import decode, run_doctor
+
+    if code is not None:
+        typer.echo(decode(code).to_text())
+        return
 
     report = run_doctor()
     report.render(Console())
@@ -160,9 +168,13 @@ def bench(
     """Measure speed and memory, side by side in one run."""
     if name != "lora":
         raise MedtutError(f"there is no benchmark {name!r}; there is: lora")
-    from medtut.lora.bench import run_bench
+    from rich.console import Console
+    from rich.markdown import Markdown
 
-    run_bench()
+    from medtut.lora.bench import RESULTS, run_bench, to_markdown
+
+    Console().print(Markdown(to_markdown(run_bench(out))))
+    typer.echo(f"written to {out}")
 
 
 @assets_app.command("list")
@@ -188,11 +200,18 @@ def assets_fetch(
     names: Annotated[list[str], typer.Argument(help="Names, or all.")],
 ) -> None:
     """Download into the cache, checking every byte."""
-    from medtut.data.assets import ASSETS, fetch
+    from medtut.data.assets import ASSETS, AssetError, fetch
 
+    bad = False
     for name in list(ASSETS) if names == ["all"] else names:
-        for label, path in fetch(name).items():
-            typer.echo(f"{name}  {label}  {path}")
+        try:
+            for label, path in fetch(name).items():
+                typer.echo(f"{name}  {label}  {path}")
+        except AssetError as error:  # the others may be had all the same
+            typer.echo(f"medtut: {error}", err=True)
+            bad = True
+    if bad:
+        raise typer.Exit(2)
 
 
 @assets_app.command("verify")

@@ -103,8 +103,8 @@ def compare_arms(
         table = np.atleast_2d(np.asarray(scores, dtype=float))
         if table.shape[0] < MIN_SEEDS and not one_run:
             raise MedtutError(
-                f"compare_arms: {name} has {table.shape[0]} seed(s), a comparison needs "
-                f"{MIN_SEEDS}. Add seeds, or pass one_run=True to mark the figure."
+                f"compare_arms: {name} has {table.shape[0]} seed(s), and it takes "
+                f"{MIN_SEEDS}. Add some, or pass one_run=True to mark the figure."
             )
         low, high = interval(table)
         colour = CYCLE[place % len(CYCLE)]

@@ -35,5 +35,5 @@ def explore(render: Callable[..., Figure], alt: str, **controls: Any) -> None:
         lambda **values: setattr(picture, "value", figure_html(render(**values), alt)),
         **controls,
     )
-    holder.update()
+
     display(ipywidgets.VBox([*holder.children[:-1], picture]))

@@ -71,7 +71,7 @@ def preserved(model: nn.Module, optimizer: Any | None = None) -> Iterator[None]:
                 if grad is not None:
                     grad.data.copy_(bits)
             for module, values in plain:
-                pass
+                vars(module).update(values)
             if stepped is not None:
                 optimizer.load_state_dict(stepped)
             random.setstate(python_state)

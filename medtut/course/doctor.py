@@ -172,7 +172,7 @@ def check_network(facts: Facts) -> Check:
         reason = getattr(error, "reason", None) or error
         cure = (
             "the lessons run without it; for real images and weights connect once "
-            "and run `medtut assets fetch`"
+            "and run `medtut assets fetch all`"
         )
         return Check("network", "warning", f"{ADDRESS} not reached: {reason}", cure)
     return Check("network", "ok", f"{ADDRESS} answers")

@@ -9,8 +9,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# One of the official sources of real weights; any answer at all means "online".
-ADDRESS = "https://huggingface.co"
+# The official address of most assets; any answer at all means "online".
+ADDRESS = "https://raw.githubusercontent.com"
 TIMEOUT_S = 3.0
 PROBE_TIMEOUT_S = 180.0
 

@@ -62,6 +62,17 @@ def read_json(path: Path, default: Any = None) -> Any:
         return default
 
 
+def check_cache() -> None:
+    """Refuse a cache folder that is not there and cannot be made.
+
+    One that is there may be read-only: in a workshop it is filled beforehand.
+    """
+    from medtut.data.cache import cache_dir, writable_dir
+
+    if not cache_dir().is_dir():
+        writable_dir(cache_dir())
+
+
 def check_writable(folder: Path) -> Path:
     """Make `folder` and prove that a file can be written into it.
 

@@ -18,6 +18,7 @@ from typing import Any
 from medtut.course import engine, nbfile
 from medtut.course.catalog import environment, notebooks_dir
 from medtut.course.files import (
+    check_cache,
     check_writable,
     read_json,
     replace_folder,
@@ -119,6 +120,7 @@ def run_lessons(
             name = choose_profile(None)
             base = Path(out).resolve() if out else repository_root() / "build"
             given = dict(overrides or {})
+            check_cache()
             plans = [
                 make_plan(lesson, name, given, data, base / name, solve, inject)
                 for lesson in chosen(lessons, notebooks)

@@ -16,7 +16,13 @@ from typing import Any
 
 from medtut.course import machine
 from medtut.course.catalog import environment
-from medtut.course.files import check_writable, read_json, repository_root, write_json
+from medtut.course.files import (
+    check_cache,
+    check_writable,
+    read_json,
+    repository_root,
+    write_json,
+)
 from medtut.course.lesson import _plain
 from medtut.course.profiles import (
     SettingsError,
@@ -129,6 +135,7 @@ def run_sweep(
                 cohort,
             ):
                 stored[arm, seed] = old
+        check_cache()
         check_writable(folder)
         results = []
         for arm, seed, settings in todo:
@@ -171,8 +178,11 @@ def sweep_slug(lesson: str | int) -> str:
 
     try:
         return find_lesson(lesson).slug
-    except SettingsError:
-        lesson_module(lesson)
+    except SettingsError as error:
+        try:
+            lesson_module(lesson)
+        except SettingsError:
+            raise error from None  # this one lists the lessons there are
         text = str(lesson)
         return f"{int(text):02d}" if text.isdigit() else text
 

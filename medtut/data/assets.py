@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -207,6 +206,7 @@ class _Fetch:
         self.given_up: set[str] = set()
 
     def run(self, missing: list[str]) -> None:
+        writable_dir(_folder(self.name))
         # A cached file with a wrong byte goes first: nobody may pick it up meanwhile.
         for key in missing:
             _place(self.name, self.asset.files[key]).unlink(missing_ok=True)
@@ -338,16 +338,3 @@ class _Fetch:
             f"Asset '{self.name}': '{key}' is not in the cache "
             f"({_folder(self.name)}) and could not be fetched.{away}{tried}{todo}"
         )
-
-
-def fetch_many(names: list[str], progress: bool = True) -> dict[str, str]:
-    """Fetch several assets and say what became of each ("ok" or the message)."""
-    result = {}
-    for name in names:
-        try:
-            fetch(name, progress=progress)
-            result[name] = "ok"
-        except AssetError as error:
-            result[name] = str(error)
-            print(error, file=sys.stderr)
-    return result

@@ -33,7 +33,7 @@ TISSUES = ("background", "CSF", "grey matter", "white matter")
 SLABS: dict[str, tuple[tuple[int, int], ...]] = {
     "train": ((-16, -2), (20, 34)),
     "validation": ((4, 8), (40, 44)),
-    "test": ((10, 14), (50, 58)),
+    "test": ((12, 14), (50, 58)),
 }
 
 # Mean signal of CSF, grey and white matter, relative to the brightest tissue.
@@ -169,7 +169,7 @@ def _draw(spec: SliceSpec) -> dict[str, np.ndarray]:
         labels.append(np.where(brain, 1 + np.stack([csf, gm, wm]).argmax(0), 0))
         zs.append(maps["z"][level])
     return {
-        # Anterior up, the way a radiologist sees it.
+        # Anterior up, the patient's left on the left.
         "image": np.rot90(np.stack(images)[:, None], axes=(2, 3))
         .astype(np.float32)
         .copy(),

@@ -40,5 +40,11 @@ def tissue_dice(prediction: Tensor, label: Tensor, classes: int) -> np.ndarray:
             one_hot(prediction[:, None], classes),
             one_hot(label[:, None], classes),
             include_background=False,
+            ignore_empty=False,
         )
+        nothing = [
+            ((prediction != k) & (label != k)).flatten(1).all(1)
+            for k in range(1, classes)
+        ]
+    scores[torch.stack(nothing, dim=1)] = torch.nan
     return scores.cpu().numpy()

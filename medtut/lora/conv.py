@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medtut.lora.core import AdapterSpec, LoRAError, LoRALayer
+from medtut.lora.core import AdapterSpec, LoRAError, LoRALayer, row_ratio
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -121,7 +121,7 @@ class _LoRAConv(LoRALayer):
         with torch.no_grad():
             base = self.weight.to(slot.A.dtype).flatten(1)
             norm = (base + self._low_rank(slot)).norm(dim=1)
-        return slot.magnitude / norm
+        return row_ratio(slot.magnitude, norm)
 
 
 class LoRAConv1d(_LoRAConv, nn.Conv1d):

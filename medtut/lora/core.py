@@ -126,6 +126,16 @@ class Slot:
     magnitude: Tensor | None = None
 
 
+def row_ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """DoRA's ``m / ||W + s B A||``, and 1 for a row of zeros, which has no direction.
+
+    Layers that start at zero and pruned rows would otherwise turn into 0 / 0.
+    """
+    zero = norm == 0
+    ratio = magnitude / norm.masked_fill(zero, 1)
+    return ratio.masked_fill(zero, 1)
+
+
 class LoRALayer(nn.Module):
     """What all adapted layers share: slots, effective weight, merge and unmerge.
 
@@ -265,7 +275,7 @@ class LoRALayer(nn.Module):
             if slot.magnitude is not None:
                 # The norm is a constant for the gradient (DoRA, section 4.3).
                 norm = rows.detach().norm(dim=1)
-                rows = rows * (slot.magnitude / norm)[:, None]
+                rows = rows * row_ratio(slot.magnitude, norm)[:, None]
             out = rows if slot.rows is None else out.index_copy(0, slot.rows, rows)
         assert out is not None, target
         return out.reshape(base.shape)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medtut.lora.core import AdapterSpec, LoRAError, LoRALayer
+from medtut.lora.core import AdapterSpec, LoRAError, LoRALayer, row_ratio
 
 
 class LoRALinear(LoRALayer, nn.Linear):
@@ -93,7 +93,7 @@ class LoRALinear(LoRALayer, nn.Linear):
             with torch.no_grad():
                 base = self._rows_of(self.weight, slot.rows).to(slot.A.dtype)
                 norm = (base + self._low_rank(slot)).norm(dim=1)
-            part = slot.magnitude / norm
+            part = row_ratio(slot.magnitude, norm)
             if slot.rows is None:
                 return part
             if scale is None:

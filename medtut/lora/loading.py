@@ -287,6 +287,7 @@ def load_adapter(
 
     before = {p: p.requires_grad for p in model.parameters()}
     old = adapted_layers(model)
+    merged = [layer for layer in old.values() if layer.merged]
     eject(model)
     try:
         built = {
@@ -296,6 +297,8 @@ def load_adapter(
     except LoRAError:
         replace_modules(model, {id(m._origin[0]): m for m in old.values()})
         guard_fast_paths(model)
+        for layer in merged:
+            layer.merge()
         for p, flag in before.items():
             p.requires_grad_(flag)
         raise

@@ -35,7 +35,9 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
 
         def split(y: Tensor) -> Tensor:
-            return y.view(batch, tokens, self.heads, width // self.heads).transpose(1, 2)
+            return y.view(batch, tokens, self.heads, width // self.heads).transpose(
+                1, 2
+            )
 
         mixed = F.scaled_dot_product_attention(
             split(self.query(x)), split(self.key(x)), split(self.value(x))
@@ -88,7 +90,7 @@ class DenseViT(nn.Module):
     def __init__(
         self,
         image: int = 96,
-        patch: int = 8,
+        patch: int = 12,
         width: int = 256,
         depth: int = 4,
         heads: int = 4,
@@ -137,7 +139,7 @@ def load_dense_vit(path: Path | None = None) -> DenseViT:
     path = path or WEIGHTS
     if not path.is_file():
         raise MedtutError(
-            f"The weights {path.name} are missing from {path.parent}. Reinstall medtut, "
+            f"{path.name} is missing from {path.parent}. Reinstall medtut, "
             "or make them with: python data_scripts/pretrain_dense_vit.py"
         )
     model = DenseViT()

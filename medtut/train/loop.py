@@ -235,12 +235,23 @@ def fit(
                 news = torch.stack([total, total.new_tensor(float(interrupted))])
                 mean_loss, stop_asked = accelerator.reduce(news, "mean").tolist()
                 if not math.isfinite(mean_loss):
-                    raise not_finite(mean_loss, step, lr, len(train_set), config)
+                    raise not_finite(
+                        f"loss is {mean_loss}", step, lr, len(train_set), config
+                    )
                 average_gradients(parameters, accelerator)
                 norm = {}
                 if config.clip_norm:
                     length = accelerator.clip_grad_norm_(parameters, config.clip_norm)
                     norm = {"grad_norm": float(length)}
+                    # The loss scale of fp16 skips such a step; here it would be taken.
+                    if accelerator.scaler is None and not length.isfinite():
+                        raise not_finite(
+                            f"gradient's norm is {float(length)}",
+                            step,
+                            lr,
+                            len(train_set),
+                            config,
+                        )
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 done = step + 1

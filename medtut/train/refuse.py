@@ -48,7 +48,7 @@ def check_loss(loss: Any, step: int) -> None:
 
 
 def not_finite(
-    loss: float, step: int, lr: float, size: int, config: TrainConfig
+    what: str, step: int, lr: float, size: int, config: TrainConfig
 ) -> TrainError:
     """Return the error that names the step and its samples."""
     batch = config.batch_size * config.accumulate
@@ -57,7 +57,7 @@ def not_finite(
     shown = ", ".join(map(str, samples[:16])) + (" ..." if len(samples) > 16 else "")
     half = " or precision fp32" if config.precision != "fp32" else ""
     return TrainError(
-        f"The loss is {loss} at step {step + 1} (learning rate {lr:.3g}, samples "
+        f"The {what} at step {step + 1} (learning rate {lr:.3g}, samples "
         f"{shown}); the weights are those of step {step}. Look at these samples for "
         f"NaN or empty targets, then try a smaller lr, a warmup{half}."
     )

@@ -154,6 +154,9 @@ def test_nameless_low_rank_pair_is_found_and_its_defect_too():
 def test_bottleneck_without_frozen_partner_is_no_adapter():
     plain = nn.Sequential(nn.Linear(12, 2), nn.Linear(2, 12))
     assert find_adapters(plain) == []
+    wide = Nameless()  # half the width is no low rank
+    wide.one, wide.two = nn.Linear(12, 7, bias=False), nn.Linear(7, 12, bias=False)
+    assert find_adapters(wide) == []
 
 
 def test_helper_that_returns_the_layer_untouched():

@@ -42,6 +42,7 @@ def call(monkeypatch, capsys, *arguments):
         (["run", "90", "--data", "nowhere"], "no such folder"),
         (["sweep", "90", "--arms", "lra"], "did you mean 'lora'"),
         (["sweep", "90", "--seeds", "x"], "0-4"),
+        (["sweep", "77"], "the lessons are: 90_tiny"),
         (["bench", "speed"], "no benchmark"),
         (["nonsense"], "nonsense"),
     ],
@@ -52,6 +53,54 @@ def test_refusals_leave_with_2(course, monkeypatch, capsys, arguments, says):
     assert code == 2
     assert says in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["run", "sweep"])
+def test_a_cache_that_cannot_be_made_is_refused_before_anything_runs(
+    course, monkeypatch, capsys, command
+):
+    (course / "file").write_text("x", encoding="utf-8")
+    monkeypatch.setenv("MEDTUT_CACHE", str(course / "file"))
+    code, err = call(monkeypatch, capsys, command, "90", "--profile", "smoke")
+    assert code == 2
+    assert "MEDTUT_CACHE" in err
+    assert not (course / "build").exists()
+    assert not (course / "benchmarks").exists()
+
+
+def test_fetching_several_assets_goes_on_after_one_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MEDTUT_CACHE", str(tmp_path))
+    monkeypatch.setenv("MEDTUT_OFFLINE", "1")
+    names = ["nope", "pyradiomics-brain", "mni152-2mm"]
+    monkeypatch.setattr(sys, "argv", ["medtut", "assets", "fetch", *names])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    said = capsys.readouterr()
+    assert left.value.code == 2
+    assert "no asset 'nope'" in said.err
+    assert "'brain1_image' is not in the cache" in said.err
+    assert said.out.count("mni152-2mm") == 3
+
+
+def test_fetching_into_a_cache_that_is_a_file(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    monkeypatch.setenv("MEDTUT_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("MEDTUT_OFFLINE", "1")
+    code, err = call(monkeypatch, capsys, "assets", "fetch", "litemedsam")
+    assert code == 2
+    assert "MEDTUT_CACHE" in err
+
+
+def test_a_decoded_result_is_text_for_a_host(monkeypatch, capsys):
+    from medtut.course.doctor_code import CHECK_NAMES, encode
+
+    code = encode(
+        {**dict.fromkeys(CHECK_NAMES, "ok"), "network": "warning"}, "cpu", 11, {}
+    )
+    monkeypatch.setattr(sys, "argv", ["medtut", "doctor", "--decode", code])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().out.startswith("OK: Python 3.11, cpu, versions")
 
 
 def test_profile_from_the_environment_is_checked_too(course, monkeypatch, capsys):

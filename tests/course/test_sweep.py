@@ -95,7 +95,7 @@ def test_refusals(course):
         sweep("90", arms=["lra"])
     with pytest.raises(SettingsError, match="use --seeds"):
         sweep("90", overrides={"seed": 3})
-    with pytest.raises(SettingsError, match="no lesson 77"):
+    with pytest.raises(SettingsError, match="no lesson '77'"):
         sweep("77")
     with pytest.raises(MedtutError, match="no stored runs"):
         load_sweep("90")

@@ -502,6 +502,19 @@ def test_a_dead_network_is_unavailable_and_names_what_was_tried(toy, serve):
     assert toy.files() == []
 
 
+def test_offline_stays_off_a_network_that_is_there(toy, serve, monkeypatch):
+    base = serve()
+    (toy.web / "a.bin").write_bytes(CONTENT)
+    toy.assets["one"]["files"]["a"]["sources"].insert(0, {"url": f"{base}/a.bin"})
+    toy.apply()
+    monkeypatch.setenv("MEDTUT_OFFLINE", "1")
+    with pytest.raises(assets.AssetUnavailable, match="MEDTUT_OFFLINE is set"):
+        assets.fetch("one", progress=False)
+    assert toy.files() == []
+    monkeypatch.setenv("MEDTUT_OFFLINE", "0")
+    assert assets.fetch("one", progress=False)["a"].read_bytes() == CONTENT
+
+
 def test_without_pip_the_message_says_so(toy, serve, monkeypatch):
     serve()
     monkeypatch.setitem(sys.modules, "pip", None)

@@ -154,3 +154,14 @@ def test_masks_and_unbatched_input():
 def test_what_attention_cannot_do(bad):
     with pytest.raises(LoRAError):
         LoRAMultiheadAttention(nn.MultiheadAttention(8, 2), 2, **bad)
+
+
+def test_put_in_by_hand_it_blocks_the_fused_kernel_too():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True).eval()
+    layer.self_attn = fill(LoRAMultiheadAttention(layer.self_attn, 2)).eval()
+    x = torch.randn(2, 5, 8)
+    slow = layer(x)
+    layer.requires_grad_(False)
+    with torch.no_grad():
+        close(layer(x), slow, "without gradient")

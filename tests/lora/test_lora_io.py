@@ -10,6 +10,7 @@ from torch import nn
 from medtut.lora import (
     LoRAConfig,
     LoRAError,
+    adapted_layers,
     adapter_parameters,
     inject,
     load_adapter,
@@ -218,6 +219,12 @@ def test_another_architecture_is_refused(saved):
     with pytest.raises(LoRAError, match="shape"):
         load_adapter(wide, folder, allow_other_base=True)
     assert torch.equal(wide(x_image()), before)  # its own adapters are still there
+    merge(wide)
+    before = wide(x_image())
+    with pytest.raises(LoRAError, match="shape"):
+        load_adapter(wide, folder, allow_other_base=True)
+    assert torch.equal(wide(x_image()), before)
+    assert all(layer.merged for layer in adapted_layers(wide).values())
 
 
 @pytest.mark.parametrize("cut", [0, 5, 100, -8])

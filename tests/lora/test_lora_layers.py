@@ -248,6 +248,25 @@ def test_merged_equals_unmerged_and_comes_back(kind, variant):
     close(delta_weight(layer), layer.effective_weight("weight") - before, "delta")
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_dora_on_a_row_of_zeros_is_finite_and_learns(kind):
+    """A zero-initialised or pruned row has no direction: 0 / 0 without care."""
+    torch.manual_seed(0)
+    plain, shape = LAYERS[kind](variant="lora")
+    base = plain.restore()
+    with torch.no_grad():
+        base.weight[1] = 0
+    x = torch.randn(shape)
+    layer = type(plain)(base, 2, variant="dora")
+    close(layer(x), base(x), "at the start")
+    (layer(x) - 1).square().sum().backward()
+    grads = {n: p.grad for n, p in layer.named_parameters() if "lora_" in n}
+    assert all(g.isfinite().all() for g in grads.values())
+    assert all(g[1].any() for n, g in grads.items() if "_B" in n)
+    layer.merge()
+    assert layer.weight.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_unmerge_is_exact_in_every_dtype(dtype):
     torch.manual_seed(0)
@@ -428,3 +447,9 @@ def test_rank_larger_than_the_layer():
         LoRAConv2d(nn.Conv2d(16, 16, 3, groups=16), 10)
     with pytest.raises(LoRAError, match="at most 8"):
         LoRAMultiheadAttention(nn.MultiheadAttention(8, 2), 9)
+
+
+def test_a_layer_alone_freezes_its_base():
+    layer = LoRALinear(nn.Linear(4, 4), 2)
+    trained = [n for n, p in layer.named_parameters() if p.requires_grad]
+    assert trained == ["lora_A", "lora_B"]

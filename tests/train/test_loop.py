@@ -185,6 +185,19 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_weights():
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_a_gradient_that_is_not_finite_keeps_the_weights(tmp_path):
+    """The square root's slope at 0 is infinite while the loss is an ordinary number."""
+
+    def loss(model, batch):
+        return mse(model, batch) + model.head.weight.sum().mul(0).abs().sqrt()
+
+    model = Net(norm=False)
+    with pytest.raises(TrainError, match=r"gradient's norm is nan at step 1"):
+        run(model, loss=loss, out=tmp_path, checkpoint_every=1)
+    assert torch.equal(model.head.weight, Net(norm=False).head.weight)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
 # ---- order ----------------------------------------------------------------------
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field
 
 from medtut.course.profiles import LessonSettings
-from medtut.data.brain_slices import VERSION, SliceSpec, brain_slices
+from medtut.data.brain_slices import SIDE, VERSION, SliceSpec, brain_slices
+from medtut.data.cache import cached_file
 from medtut.errors import MedtutError
 
 if TYPE_CHECKING:
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 COHORT_VERSION = VERSION
 
 KEY_NUMBERS = [
-    ("zero_shot_score", "Dice on T2 before adapting", "{:.3f}"),
+    ("zero_shot_score", "Dice before adapting", "{:.3f}"),
     ("lora_r8_score", "after LoRA (rank 8, one seed)", "{:.3f}"),
     ("full_score", "after full fine-tuning (one seed)", "{:.3f}"),
     ("trainable_fraction", "parameters trained by LoRA", "{:.2%}"),
@@ -35,7 +38,7 @@ class Settings(LessonSettings):
     steps : optimiser steps of every training.
     batch_size : slices per step.
     rank, alpha : of the LoRA arm.
-    train_slices, test_slices : drawn subjects of the target contrast.
+    train_slices, test_slices : drawn subjects of the target contrasts.
     norm_ranks : ranks of the scaling experiment, at most the model's width (256).
     toggles : merge/unmerge rounds of the drift experiment.
     """
@@ -62,8 +65,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "quick": {
         **_COMMON,
-        "steps": 120,
-        "train_slices": 64,
+        "steps": 300,
+        "train_slices": 256,
         "test_slices": 40,
         "norm_ranks": (4, 8, 16, 32, 64, 128, 256),
         "toggles": 1000,
@@ -79,39 +82,46 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # The same grid for every arm; the rate is chosen on the validation subjects.
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+TUNING_SEED = 1000  # training subjects that no reported run sees
+# Settings in which the arms differ; the method is the arm's name up to the underscore.
+# alpha = 2 r at every rank, the habit of the published configurations.
 ARMS: dict[str, dict[str, Any]] = {
-    "head": {"method": "head"},
-    "lora_r1": {"method": "lora", "rank": 1},
-    "lora_r8": {"method": "lora", "rank": 8},
-    "lora_r64": {"method": "lora", "rank": 64},
-    "dora_r8": {"method": "dora", "rank": 8},
-    "pissa_r8": {"method": "pissa", "rank": 8},
-    "full": {"method": "full"},
+    "head": {},
+    "lora_r1": {"rank": 1, "alpha": 2.0},
+    "lora_r8": {"rank": 8, "alpha": 16.0},
+    "lora_r64": {"rank": 64, "alpha": 128.0},
+    "full": {},
 }
 
 
 @dataclass
 class Task:
-    """The slices of the target contrast, as tensors."""
+    """The slices of a contrast, as tensors."""
 
     train: torch.utils.data.TensorDataset
     validation: torch.utils.data.TensorDataset
     test: torch.utils.data.TensorDataset
 
 
-def load_task(settings: Settings, seed: int = 0, contrast: str = "t2") -> Task:
+def load_task(
+    settings: Settings, seed: int = 0, contrasts: tuple[str, ...] = ("t2", "flair")
+) -> Task:
     """Draw the three splits; `seed` moves the training subjects only.
 
-    Validation and test subjects are the same for every seed, so that arms and seeds
-    are compared on the same cases.
+    Every contrast gives an equal share of the slices. Validation and test subjects are
+    the same for every seed, so that arms and seeds are compared on the same cases.
     """
     import torch
 
     def dataset(split: str, count: int, seed: int) -> torch.utils.data.TensorDataset:
-        arrays = brain_slices(SliceSpec(contrast, split, count, seed=seed))  # type: ignore[arg-type]
+        share = max(1, count // len(contrasts))
+        parts = [brain_slices(SliceSpec(c, split, share, seed)) for c in contrasts]  # type: ignore[arg-type]
         return torch.utils.data.TensorDataset(
-            torch.from_numpy(arrays["image"]), torch.from_numpy(arrays["label"])
+            *(
+                torch.from_numpy(np.concatenate([part[key] for part in parts]))
+                for key in ("image", "label")
+            )
         )
 
     return Task(
@@ -150,13 +160,14 @@ def slice_scores(
 def prepare(model: nn.Module, method: str, rank: int = 8, alpha: float = 16.0) -> None:
     """Choose what trains, in place: head, lora, dora, pissa or full.
 
-    The low-rank methods adapt the query and value projections, as the published
-    systems of lessons 02 and 03 do, and leave the head as it is.
+    The low-rank methods adapt the query and value projections and train the head too,
+    as the published systems of lessons 02 and 03 do.
     """
     from medtut.lora import LoRAConfig, inject
 
     if method in ("lora", "dora", "pissa"):
         inject(model, LoRAConfig(r=rank, alpha=alpha, variant=method))
+        model.get_submodule("head").requires_grad_(True)
     elif method in ("head", "full"):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(method == "full" or name.startswith("head."))
@@ -167,39 +178,158 @@ def prepare(model: nn.Module, method: str, rank: int = 8, alpha: float = 16.0) -
         )
 
 
-def run_arm(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
-    """Train one arm at every learning rate of the grid and test the chosen one."""
+def train_arm(
+    arm: str, seed: int, rate: float, settings: Settings, task: Task
+) -> nn.Module:
+    """Adapt the pretrained model with one arm at one learning rate."""
     import torch
 
     from medtut.models.vit import load_dense_vit
     from medtut.train import TrainConfig, fit
 
+    torch.manual_seed(seed)
+    model = load_dense_vit()
+    prepare(model, arm.split("_")[0], settings.rank, settings.alpha)
+    config = TrainConfig(
+        steps=settings.steps, batch_size=settings.batch_size, lr=rate, seed=seed
+    )
+    fit(model, loss_fn, task.train, config, progress=False)
+    return model
+
+
+def tuned(arm: str, settings: Settings) -> dict[str, float]:
+    """Validation Dice at every rate of the grid, on training subjects of its own.
+
+    Kept in the cache, so that the five seeds of an arm tune once.
+    """
+    size = settings.model_dump(
+        include={"steps", "batch_size", "train_slices", "rank", "alpha"}
+    )
+    key = {"arm": arm, "cohort": VERSION, "rates": LEARNING_RATES, **size}
+
+    def make(path: Path) -> None:
+        task = load_task(settings, TUNING_SEED)
+        scores = {}
+        for rate in LEARNING_RATES:
+            model = train_arm(arm, TUNING_SEED, rate, settings, task)
+            scores[str(rate)] = float(slice_scores(model, task.validation).mean())
+        path.write_text(json.dumps(scores), encoding="utf-8")
+
+    path = cached_file("l01_tuning", key, make, ".json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def run_arm(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
+    """Train one arm with one seed, at the rate the tuning subjects chose."""
+    grid = tuned(arm, settings)
+    rate = float(max(grid, key=grid.__getitem__))
     task = load_task(settings, seed)
-    choice = ARMS[arm]
-    # alpha = 2 r at every rank, the habit of the published configurations.
-    rank = choice.get("rank", settings.rank)
-    runs = []
-    for rate in LEARNING_RATES:
-        torch.manual_seed(seed)
-        model = load_dense_vit()
-        prepare(model, choice["method"], rank, alpha=2.0 * rank)
-        config = TrainConfig(
-            steps=settings.steps, batch_size=settings.batch_size, lr=rate, seed=seed
-        )
-        fit(model, loss_fn, task.train, config, progress=False)
-        runs.append(
-            {
-                "lr": rate,
-                "validation": float(slice_scores(model, task.validation).mean()),
-                "test": slice_scores(model, task.test).tolist(),
-            }
-        )
-    best = max(runs, key=lambda run: run["validation"])
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model = train_arm(arm, seed, rate, settings, task)
+    cases = slice_scores(model, task.test)
     return {
-        "score": float(np.mean(best["test"])),
-        "cases": best["test"],
-        "lr": best["lr"],
-        "validation_by_lr": {str(run["lr"]): run["validation"] for run in runs},
-        "trainable": trained,
+        "score": float(cases.mean()),
+        "cases": cases.tolist(),
+        "lr": rate,
+        "validation_by_lr": grid,
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
+
+
+def chosen_rate(method: str) -> float:
+    """The learning rate that the committed sweep chose on its tuning subjects."""
+    from medtut.course.sweep import load_sweep
+
+    arm = "lora_r8" if method in ("lora", "dora", "pissa") else method
+    rates = [r["metrics"]["lr"] for r in load_sweep("01_lora_math") if r["arm"] == arm]
+    if not rates:
+        raise MedtutError(
+            f"no sweep of {arm}: run `medtut sweep 01 --arms {arm}` first."
+        )
+    return float(rates[0])
+
+
+def sweep_table(runs: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Test Dice of every arm, ``(seeds, cases)``, seeds ascending."""
+    ordered = sorted(runs, key=lambda run: run["seed"])
+    return {
+        arm: np.array([r["metrics"]["cases"] for r in ordered if r["arm"] == arm])
+        for arm in ARMS
+    }
+
+
+def kmeans_scores(
+    dataset: torch.utils.data.TensorDataset, order: tuple[str, str, str]
+) -> np.ndarray:
+    """Trivial baseline: three intensity clusters per slice, named by brightness.
+
+    Parameters
+    ----------
+    dataset : the slices.
+    order : tissues ("csf", "grey", "white") from dark to bright. The baseline is also
+        told where the brain is, so it is a generous floor.
+    """
+    import torch
+    from sklearn.cluster import KMeans
+
+    from medtut.evaluate import tissue_dice
+
+    classes = np.array([("csf", "grey", "white").index(name) + 1 for name in order])
+    guesses = []
+    for image, label in dataset:
+        inside = label > 0
+        values = image[0][inside].numpy()[:, None]
+        found = KMeans(3, n_init=3, random_state=0).fit(values)
+        rank = found.cluster_centers_[:, 0].argsort().argsort()
+        guess = torch.zeros_like(label)
+        guess[inside] = torch.from_numpy(classes[rank[found.labels_]])
+        guesses.append(guess)
+    label = dataset.tensors[1]
+    return np.nanmean(tissue_dice(torch.stack(guesses), label, 4), axis=1)
+
+
+def load_bench() -> dict[str, Any]:
+    """Headline ratios of ``medtut bench lora`` as committed with the course."""
+    from medtut.course.files import read_json, repository_root
+
+    path = repository_root() / "benchmarks" / "results" / "lora_swin.json"
+    result = read_json(path, None)
+    if result is None:
+        raise MedtutError(f"{path.name} is missing: run `medtut bench lora` once.")
+    steps, inference = result["step_ratio_to_peft"], result["inference_ratio_to_base"]
+    return {
+        "machine": result["machine"]["cpu"],
+        "step_over_full": steps["medtut"] / steps["full"],
+        "step_over_peft": steps["medtut"],
+        "merged_over_base": inference["merged"],
+        "unmerged_over_base": inference["unmerged"],
+    }
+
+
+def real_slice() -> Tensor:
+    """One axial slice of the real patient brain1, ``(1, 96, 96)``, through MONAI.
+
+    Raises
+    ------
+    AssetUnavailable
+        Without a network, when the file was not fetched before.
+    """
+    import torch
+    from monai import transforms as mt
+
+    from medtut.data.assets import fetch
+
+    files = fetch("pyradiomics-brain")
+    volume = mt.Compose(
+        [
+            mt.LoadImage(image_only=True, ensure_channel_first=True),
+            mt.Orientation("RAS"),
+            mt.Spacing((2.0, 2.0, -1.0)),
+            mt.ResizeWithPadOrCrop((SIDE, SIDE, -1)),
+        ]
+    )
+    image = volume(files["brain1_image"]).as_tensor()
+    mask = volume(files["brain1_label"]).as_tensor()
+    level = int(mask.sum((0, 1, 2)).argmax())  # where the tumour is largest
+    picture = torch.rot90(image[..., level], dims=(1, 2))
+    inside = picture[picture > picture.mean()]
+    return (picture - inside.mean()) / inside.std()
