@@ -164,6 +164,9 @@ def audit(
 @app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="What to measure: lora.")] = "lora",
+    out: Annotated[Path, typer.Option(help="Folder for JSON and table.")] = Path(
+        "benchmarks/results"
+    ),
 ) -> None:
     """Measure speed and memory, side by side in one run."""
     if name != "lora":
@@ -171,7 +174,7 @@ def bench(
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from medtut.lora.bench import RESULTS, run_bench, to_markdown
+    from medtut.lora.bench import run_bench, to_markdown
 
     Console().print(Markdown(to_markdown(run_bench(out))))
     typer.echo(f"written to {out}")
