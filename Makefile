@@ -38,7 +38,7 @@ test: env ## style, unit tests, notebook tests
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest tests
-	MEDTUT_PROFILE=smoke $(PY) -m pytest --nbval-lax notebooks -p no:cacheprovider
+	MEDTUT_PROFILE=smoke $(PY) -m pytest --nbval-lax --nbval-current-env notebooks -p no:cacheprovider
 
 lint: env ## style only, with repairs
 	$(PY) -m ruff check --fix .
@@ -50,9 +50,10 @@ lab: env ## open the notebooks in JupyterLab
 notebooks: env ## rebuild the stored notebooks from notebooks/source (runs them)
 	$(PY) -m medtut.course.notebooks build --execute
 
-slides: ## build the decks (needs marp-cli and Chromium, see CONTRIBUTING.md)
-	marp --config-file slides/marp.config.json --input-dir slides --output slides/built --html
-	marp --config-file slides/marp.config.json --input-dir slides --output slides/built --pdf
+slides: env ## build the decks (needs marp-cli and Chromium, see CONTRIBUTING.md)
+	$(PY) -m medtut.course.slides
+	marp --config-file slides/marp.config.json
+	marp --config-file slides/marp.config.json --pdf
 
 bench: env ## measure the LoRA engine on this machine
 	$(PY) -m medtut bench lora

@@ -149,13 +149,13 @@ def prepare(deck: Path, root: Path | None = None) -> str:
         raise MedtutError(f"{deck.name}: no front matter between --- and ---")
     theme = deck.with_name("theme.css").read_bytes()
     mark = hashlib.sha256(text.encode() + theme).hexdigest()[:16]
-    # marp writes the keywords into the HTML and the PDF: a test reads them there.
-    return text.replace("---\n", f"---\nkeywords: medtut-{mark}\n", 1)
+    # marp writes the description into HTML and PDF: a test reads the mark there.
+    return text.replace("---\n", f"---\ndescription: Built from medtut-{mark}\n", 1)
 
 
 def fingerprint(prepared: str) -> str:
     """Return the mark that a deck built from this text carries."""
-    match = re.search(r"^keywords: (medtut-[0-9a-f]{16})$", prepared, re.MULTILINE)
+    match = re.search(r"^description: .*(medtut-[0-9a-f]{16})$", prepared, re.MULTILINE)
     return match[1] if match else ""
 
 

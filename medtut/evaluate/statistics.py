@@ -19,7 +19,7 @@ class Comparison:
     Attributes
     ----------
     difference : mean of the first arm minus the second.
-    low, high : 95 % interval, bootstrap over cases with the seeds nested.
+    low, high : 95 % interval, bootstrap over cases and seeds.
     p_value : two-sided sign-flip test over the cases' mean differences.
     cases, seeds : how many there were.
     """
@@ -43,8 +43,10 @@ def interval(
 ) -> tuple[float, float]:
     """Bootstrap interval of the mean of ``scores`` (seeds, cases).
 
-    Cases are resampled, and within each resample the seeds are resampled too, because
-    both are draws from something larger (Bouthillier et al., MLSys 2021).
+    Cases and seeds are resampled, because both are draws from something larger
+    (Bouthillier et al., MLSys 2021). A drawn seed is drawn for all cases at once: a
+    lucky run is lucky on many of them, and seeds drawn case by case would average
+    that luck away and give too narrow an interval.
     """
     table = _table(scores, "interval")
     means = _resampled_means(table, resamples, seed)
@@ -114,6 +116,6 @@ def _resampled_means(table: np.ndarray, resamples: int, seed: int) -> np.ndarray
     means = np.empty(resamples)
     for k in range(resamples):
         chosen = rng.integers(cases, size=cases)
-        which = rng.integers(seeds, size=(seeds, cases))
-        means[k] = table[which, chosen].mean()
+        which = rng.integers(seeds, size=seeds)
+        means[k] = table[np.ix_(which, chosen)].mean()
     return means

@@ -39,7 +39,8 @@ def test_interval_counts_the_seeds_spread():
     # All cases agree, seeds do not: an interval over cases alone would be empty.
     scores = np.repeat([[0.2], [0.4], [0.6], [0.8], [1.0]], 4, axis=1)
     low, high = interval(scores)
-    assert high - low > 0.1
+    # A mean of five draws with a spread of 0.28 has a standard error of 0.13.
+    assert high - low == pytest.approx(2 * 1.96 * 0.283 / 5**0.5, rel=0.15)
 
 
 def test_paired_comparison_sees_a_difference_and_none():

@@ -217,7 +217,9 @@ LAYERS = {
         (2, 4, 9, 9),
     ),
     "depthwise": lambda **k: (
-        LoRAConv2d(nn.Conv2d(8, 8, 3, groups=8, padding_mode="reflect", padding=1), 3),
+        LoRAConv2d(
+            nn.Conv2d(8, 8, 3, groups=8, padding_mode="reflect", padding=1), 3, **k
+        ),
         (2, 8, 9, 9),
     ),
     "conv3d": lambda **k: (

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -175,13 +176,15 @@ def test_bf16_runs_and_stays_near():
     assert losses(a) != losses(b)
 
 
-def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_weights():
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_weights(clip):
     data = Data(noise=False)
     bad = int(epoch_order(11, 0, 0)[9])  # seen at step 3
     data.x[bad, 0] = math.nan
     model = Net(norm=False)
-    with pytest.raises(TrainError, match=rf"step 3 .*samples .*{bad}.*step 2"):
-        run(model, data=data)
+    message = rf"loss is nan at step 3 .*samples .*{bad}.*step 2"
+    with pytest.raises(TrainError, match=message):
+        run(model, data=data, clip_norm=clip)
     assert all(p.isfinite().all() for p in model.parameters())
 
 
@@ -335,6 +338,33 @@ def test_ctrl_c_finishes_the_step_saves_and_goes_on(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(loss=twice)
+
+
+def test_best_weights_patience_and_time_survive_a_restart(tmp_path):
+    def once(out, interrupt):
+        scores, calls = iter([0.1, 0.9, 0.5, 0.4, 0.3, 0.2]), []
+
+        def loss(model, batch):
+            calls.append(1)
+            if len(calls) == 7 and interrupt:  # the best is behind, patience has begun
+                time.sleep(0.3)
+                signal.raise_signal(signal.SIGINT)
+            return mse(model, batch)
+
+        options = {"steps": 50, "eval_every": 2, "patience": 3, "out": out}
+        options |= {"validate": lambda m: {"score": next(scores)}, "loss": loss}
+        if interrupt:
+            with pytest.raises(TrainingInterrupted):
+                run(**options)
+        return run(**options)
+
+    whole, a = once(tmp_path / "whole", interrupt=False)
+    resumed, b = once(tmp_path / "cut", interrupt=True)
+    assert (b.stopped, b.steps, b.best) == (a.stopped, a.steps, a.best)
+    assert (b.stopped, b.steps, b.best["step"]) == ("patience", 10, 4)
+    assert torch.equal(resumed.head.weight, whole.head.weight)
+    seconds = [entry["seconds"] for entry in b.history]
+    assert seconds == sorted(seconds)  # the time before the restart counts
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):

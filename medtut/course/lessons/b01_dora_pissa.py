@@ -51,7 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "quick": {
         **_COMMON,
-        "steps": 100,
+        "steps": 80,
         "probe_steps": 20,
         "train_slices": 128,
         "test_slices": 24,
