@@ -17,7 +17,9 @@ def test_every_lesson_has_a_row_with_its_measured_cost():
         if lesson.bonus:
             continue
         (row,) = [
-            line for line in README.splitlines() if f"notebooks/{lesson.slug}" in line
+            line
+            for line in README.splitlines()
+            if line.startswith("| [") and f"notebooks/{lesson.slug}" in line
         ]
         cost = costs[lesson.slug]["quick"]
         assert minutes(cost["seconds"]) in row

@@ -323,6 +323,9 @@ class _Fetch:
         archives = [registry().archives[s.archive] for s in file.sources if s.archive]
         also = f", or {archives[0].filename}" if archives else ""
         away = " MEDTUT_OFFLINE is set." if offline() else ""
+        for folder in os.environ.get("MEDTUT_ASSET_DIR", "").split(os.pathsep):
+            if folder and not Path(folder).expanduser().is_dir():
+                away += f" MEDTUT_ASSET_DIR names {folder}, which is no folder."
         tried = "".join(f"\n  - {t}" for t in (*self.wrong, *self.unreachable))
         todo = (
             f"\nConnect once and run `medtut assets fetch {self.name}` ({size}), or "

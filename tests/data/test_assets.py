@@ -309,6 +309,12 @@ def test_offline_with_an_empty_cache_says_what_to_do(toy):
     assert assets.verify("one") == {"a": "missing"}
 
 
+def test_a_mistyped_folder_is_named(toy, monkeypatch):
+    monkeypatch.setenv("MEDTUT_ASSET_DIR", str(toy.tmp / "stikc"))
+    with pytest.raises(assets.AssetUnavailable, match="stikc, which is no folder"):
+        assets.fetch("one", progress=False)
+
+
 @pytest.mark.parametrize("where", ["one/a.bin", "a.bin"])
 def test_a_file_on_a_stick(toy, where):
     path = toy.stick() / where

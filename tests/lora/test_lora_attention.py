@@ -12,7 +12,9 @@ from medtut.lora import (
     LoRAMultiheadAttention,
     eject,
     inject,
+    load_adapter,
     merge,
+    save_adapter,
     unmerge,
 )
 
@@ -102,7 +104,7 @@ def test_only_the_chosen_part_changes():
 
 @pytest.mark.parametrize("pattern", [None, r"linear[12]$"])
 @pytest.mark.parametrize("padding", [False, True])
-def test_fast_path_does_not_bypass_the_adapters(pattern, padding):
+def test_fast_path_does_not_bypass_the_adapters(pattern, padding, tmp_path):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2)
@@ -112,6 +114,7 @@ def test_fast_path_does_not_bypass_the_adapters(pattern, padding):
     base = model.eval()(x, src_key_padding_mask=mask)
     inject(model, LoRAConfig(r=2, pattern=pattern))
     fill(model)
+    folder = save_adapter(model, tmp_path)
     slow = model(x, src_key_padding_mask=mask)
     with torch.no_grad():
         fast = model(x, src_key_padding_mask=mask)
@@ -126,6 +129,10 @@ def test_fast_path_does_not_bypass_the_adapters(pattern, padding):
     with torch.no_grad():
         out = model(x, src_key_padding_mask=mask)
     close(out[~mask], base[~mask], "after eject")
+    load_adapter(model, folder)
+    with torch.no_grad():
+        out = model(x, src_key_padding_mask=mask)
+    close(out[~mask], slow[~mask], "loaded")
 
 
 def test_masks_and_unbatched_input():

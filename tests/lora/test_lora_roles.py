@@ -283,6 +283,14 @@ def test_names_freeze_keep_and_eject():
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
+def test_what_was_frozen_stays_frozen_though_it_is_kept():
+    model = models.TimmViT()
+    model.head.bias.requires_grad_(False)
+    inject(model, LoRAConfig(r=2), keep="head")
+    assert model.head.weight.requires_grad
+    assert not model.head.bias.requires_grad
+
+
 def test_a_layer_used_twice_is_adapted_once_everywhere():
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, nn.ReLU(), shared)

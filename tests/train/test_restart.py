@@ -101,6 +101,10 @@ def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):
             for key in mine.keys() & {"loss", "score", "grad_norm"}:
                 assert mine[key] == pytest.approx(theirs[key], abs=1e-6)
     # both processes hold the same bits, and one of them wrote the log
-    first, second = (torch.load(tmp_path / f"two.{r}")["weights"] for r in range(2))
-    assert all(torch.equal(first[n], second[n]) for n in first)
+    first, second = (torch.load(tmp_path / f"two.{r}") for r in range(2))
+    for name, tensor in first["weights"].items():
+        assert torch.equal(tensor, second["weights"][name]), name
+    assert first["best"] == second["best"]
+    # each drew numbers of its own: equal dropout on both would halve its effect
+    assert not set(first["drawn"]) & set(second["drawn"])
     assert len(steps_of(tmp_path / "out2")) == 12 + 3

@@ -9,6 +9,7 @@ from helpers import CONFIG, Data, Net, mse, validate
 from medtut.train import TrainConfig, fit
 
 RANK, ALONE = int(os.environ.get("RANK", 0)), "WORLD_SIZE" not in os.environ
+DRAWN: list[float] = []
 
 
 def loss(model: torch.nn.Module, batch: tuple) -> torch.Tensor:
@@ -16,6 +17,7 @@ def loss(model: torch.nn.Module, batch: tuple) -> torch.Tensor:
 
     Alone it counts half, as the mean over two processes does.
     """
+    DRAWN.append(torch.rand(()).item())
     model.calls += 1 + RANK  # a statistic that each process would keep in its own way
     value = mse(model, batch)
     if RANK == 0:
@@ -46,9 +48,7 @@ if __name__ == "__main__":
         progress=False,
     )
     assert torch.distributed.is_initialized() != ALONE
-    torch.save(
-        {"weights": model.state_dict(), "history": fitted.history, "best": fitted.best},
-        f"{result}.{RANK}",
-    )
+    told = {"history": fitted.history, "best": fitted.best, "drawn": DRAWN}
+    torch.save({"weights": model.state_dict(), **told}, f"{result}.{RANK}")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
