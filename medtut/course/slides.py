@@ -186,7 +186,8 @@ def _notes(part: str) -> list[str]:
 
 def _format(value: Any, form: str) -> str:
     if form != "sci":
-        return format(value, form)
+        # A hyphen is shorter than a minus sign, and a line may break after it.
+        return format(value, form).replace("-", "−")
     if value == 0:
         return "0"
     digits, power = f"{value:.1e}".split("e")

@@ -203,7 +203,7 @@ q1.check(scaled_update)
 # ## 3 · Autopsy: three published defects
 #
 # **An adapter that does nothing.** A public LoRA implementation for vision transformers
-# computes its scale as `alpha // r`. In Python that is integer division, and whenever
+# (JamesQFreeman/LoRA-ViT, commit 45be249) computes its scale as `alpha // r`. In Python that is integer division, and whenever
 # α is smaller than r the factor is 0: training runs, the loss is printed, the adapter
 # changes nothing. We rebuild that line and let `medtut.audit` look at it from the
 # outside; it perturbs the adapter and sees whether any output moves.
@@ -443,7 +443,7 @@ print("LoRA r=8 minus head only:       ", minus_head)
 # Three things can be read off. Training only the head, the cheapest arm, already gets most
 # of the way: always run it before anything clever. LoRA at rank 8 is better than the head
 # alone, and against full fine-tuning the interval of the difference includes zero: a
-# fourteenth of the parameters, no loss that we can measure. And rank is not a dial that only
+# thirteenth of the parameters, no loss that we can measure. And rank is not a dial that only
 # helps: rank 1 does as well as rank 8 here, and rank 64 with α = 2r is clearly *worse*; its
 # validation score falls off at the learning rate that suits rank 8. Section 5 shows why such
 # a comparison needs care. One reservation: head only and rank 1 chose the largest rate of
@@ -530,11 +530,12 @@ q5.check(scaling)
 # toggle a thousand times in three number formats.
 
 # %%
-from medtut.lora import merge, unmerge
+from medtut.lora import delta_weight, merge, unmerge
 
 def drift(dtype):
-    weight = base.blocks[0].attn.value.weight.detach().to(dtype)
-    delta, toggled = updates["blocks.0.attn.value"].to(dtype), weight.clone()
+    layer = lora.blocks[0].attn.value
+    weight, delta = layer.weight.detach().to(dtype), delta_weight(layer).detach().to(dtype)
+    toggled = weight.clone()
     for _ in range(lesson.toggles):
         toggled = toggled + delta - delta
     return ((toggled - weight).float().norm() / weight.float().norm()).item()

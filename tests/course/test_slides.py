@@ -251,6 +251,10 @@ def test_scientific_numbers(value, text):
     assert slides.fill_numbers("{{x:sci}}", {"x": value}) == text
 
 
+def test_negative_numbers_have_a_minus_sign():
+    assert slides.fill_numbers("{{x:+.2f}} {{x:.0e}}", {"x": -0.5}) == "−0.50 −5e−01"
+
+
 @MARP
 def test_marp_builds_a_page_that_stands_alone(course, monkeypatch):
     (course / "pyproject.toml").write_text('name = "medtut"\n', encoding="utf-8")

@@ -322,7 +322,7 @@ def real_slice() -> Tensor:
     volume = mt.Compose(
         [
             mt.LoadImage(image_only=True, ensure_channel_first=True),
-            mt.Orientation("RAS"),
+            mt.Orientation("RAS", labels=None),
             mt.Spacing((2.0, 2.0, -1.0)),
             mt.ResizeWithPadOrCrop((SIDE, SIDE, -1)),
         ]
