@@ -80,6 +80,10 @@ lesson
 # or white matter. Training and test subjects come from different slabs of the head. It is
 # one averaged anatomy drawn many times, so intervals below speak about drawings, not
 # about people.
+#
+# Why two contrasts? In pilot runs with T2 alone, retraining the head solved the task and
+# nothing else could show its worth. We saw test scores in those pilots, so read the
+# comparison below as a demonstration, not as a blind trial.
 
 # %%
 source = l01.load_task(lesson.settings, contrasts=("t1",))
