@@ -49,6 +49,7 @@ toggles = None
 
 # %%
 import copy
+import math
 
 import torch
 from torch import nn
