@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from medtut.audit.adapters import find_adapters
+from medtut.audit.data_checks import hwc_viewed_as_chw, split_shares_a_patient
 from medtut.audit.detectors import (
     adapters_change_nothing,
     frozen_that_moved,
     trainable_without_gradient,
 )
+from medtut.audit.metric_checks import metric_misbehaves
 from medtut.audit.report import Finding, Report
 from medtut.audit.state import preserved
 from medtut.audit.subject import (
@@ -34,43 +36,60 @@ __all__ = [
     "audit",
     "find_adapters",
     "frozen_that_moved",
+    "hwc_viewed_as_chw",
     "load_factory",
+    "metric_misbehaves",
+    "split_shares_a_patient",
     "trainable_without_gradient",
 ]
 
-DETECTORS = {
-    one.__name__: one
-    for one in (adapters_change_nothing, trainable_without_gradient, frozen_that_moved)
+# Every detector and what of a subject it looks at: it runs where one of these is there.
+_LOOKS_AT = {
+    adapters_change_nothing: ("model",),
+    trainable_without_gradient: ("model",),
+    frozen_that_moved: ("model",),
+    split_shares_a_patient: ("split",),
+    hwc_viewed_as_chw: ("images", "batch"),
+    metric_misbehaves: ("metric",),
 }
+DETECTORS = {one.__name__: one for one in _LOOKS_AT}
 
 
 def audit(subject: Any) -> Report:
-    """Run every detector; the subject is left bit for bit as it was.
+    """Run every detector that applies; the subject is left bit for bit as it was.
 
     Parameters
     ----------
     subject : Subject, nn.Module or dict
-        What to audit; a bare model gets a made-up batch where that is possible.
+        What to audit; a bare model gets a made-up batch where that is possible, a
+        split, images or a metric can be audited without a model.
 
     Returns
     -------
     Report
-        Findings with numbers; ``exit_code`` is 1 when there is one.
+        Findings with numbers; ``exit_code`` is 1 when there is one. ``checked`` lists
+        the detectors that had something to look at.
 
     Raises
     ------
     SubjectError
-        If the model or the loss fails on the batch.
+        If the model or the loss fails on the batch, or the split cannot be read.
     """
     subject = as_subject(subject, "the caller")
+    # Before a batch is made up: random numbers are nobody's images.
+    running = [
+        one
+        for one, fields in _LOOKS_AT.items()
+        if any(getattr(subject, key) is not None for key in fields)
+    ]
     findings: list[Finding] = []
     notes: list[str] = []
-    with preserved(subject.model):
-        subject, made_up = with_batch(subject)
-    if made_up:
-        notes.append(made_up)
-    for detector in DETECTORS.values():
+    if subject.model is not None:
+        with preserved(subject.model):
+            subject, made_up = with_batch(subject)
+        notes += [made_up] if made_up else []
+    for detector in running:
         found, said = detector(subject)
         findings += found
         notes += said
-    return Report(tuple(findings), tuple(notes), tuple(DETECTORS))
+    return Report(tuple(findings), tuple(notes), tuple(d.__name__ for d in running))

@@ -23,12 +23,13 @@ class SubjectError(MedtutError):
 
 @dataclass
 class Subject:
-    """A model and what is known about its training.
+    """A model and what is known about its training, its data and its metric.
 
     Attributes
     ----------
-    model : nn.Module
+    model : nn.Module, optional
         The model, adapters attached, in the state in which training would start.
+        Without one only the detectors of `split`, `images` and `metric` run.
     batch : tensor, tuple, list or dict, optional
         One batch. A tuple gives the model as many items as its forward requires, so
         (image, target) works; a dict gives the keys that forward names.
@@ -38,19 +39,31 @@ class Subject:
         ``forward(model, batch) -> output``, when the rules above do not fit.
     optimizer : torch.optim.Optimizer or callable, optional
         The one used, or ``optimizer(model)`` that makes it.
-    split, predictions : Any
+    split : mapping or dataclass, optional
+        Name of a side ("train", "test") to its ids, paths or (id, z) tuples, to its
+        images (N, H, W) or (N, C, H, W), or to a dict with ``ids`` and ``images``.
+    patient_of : callable, optional
+        ``patient_of(entry of the split) -> patient``, where names do not tell.
+    images : tensor or array, optional
+        Images (B, C, H, W) as the model gets them; by default those of `batch`.
+    metric : callable, optional
+        ``metric(prediction, label) -> number`` of two label maps.
+    predictions : Any
         For detectors of other kinds.
     expects_adapters : bool, optional
         Whether finding no adapter at all is an error. By default only when a name in
         the model says that there should be some.
     """
 
-    model: nn.Module
+    model: nn.Module | None = None
     batch: Any = None
     loss: Callable[[nn.Module, Any], Tensor] | None = None
     forward: Callable[[nn.Module, Any], Any] | None = None
     optimizer: Any = None
     split: Any = None
+    patient_of: Callable[[Any], Any] | None = None
+    images: Any = None
+    metric: Callable[[Any, Any], Any] | None = None
     predictions: Any = None
     expects_adapters: bool | None = None
 
@@ -204,7 +217,7 @@ def as_subject(value: Any, origin: str = "the factory") -> Subject:
     Raises
     ------
     SubjectError
-        If it is none of these, or a dict with unknown keys or without a model.
+        If it is none of these, a dict with unknown keys, or holds nothing to audit.
     """
     if isinstance(value, Subject):
         subject = value
@@ -218,15 +231,19 @@ def as_subject(value: Any, origin: str = "the factory") -> Subject:
                 f"{origin} returned unknown keys: {', '.join(unknown)}. "
                 f"Known: {', '.join(known)}."
             )
-        if "model" not in value:
-            raise SubjectError(f"The dict that {origin} returned has no 'model'.")
         subject = Subject(**value)
     else:
         raise SubjectError(
             f"{origin} returned {type(value).__name__}; expected a torch module, a "
             "dict with 'model', or a medtut.audit.Subject."
         )
-    if not isinstance(subject.model, nn.Module):
+    data = subject.split, subject.images, subject.metric
+    if subject.model is None and all(one is None for one in data):
+        raise SubjectError(
+            f"What {origin} returned has no 'model', and no split, images or metric "
+            "either."
+        )
+    if not isinstance(subject.model, nn.Module | None):
         kind = type(subject.model).__name__
         raise SubjectError(f"The model of {origin} is {kind}, not a torch module.")
     return subject

@@ -67,16 +67,13 @@ def find_lesson(name: str | int, folder: Path | str | None = None) -> LessonFile
     """
     lessons = all_lessons(folder)
     text = str(name).strip().replace("\\", "/").removesuffix(".ipynb")
+    number = f"{int(text):02d}" if text.isdigit() else None
     for lesson in lessons:
         own = lesson.path.with_suffix("").as_posix()
-        if text == lesson.slug or ("/" in text and own.endswith("/" + text)):
+        if text in (lesson.slug, own) or ("/" in text and own.endswith("/" + text)):
             return lesson
-        if own == text:
+        if lesson.number == number and not lesson.bonus:
             return lesson
-    if text.isdigit():
-        for lesson in lessons:
-            if lesson.number == f"{int(text):02d}" and not lesson.bonus:
-                return lesson
     slugs = [lesson.slug for lesson in lessons]
     there = ", ".join(slugs) or f"none in {notebooks_dir(folder)}"
     raise SettingsError(
@@ -91,18 +88,16 @@ def environment(**values: str | None) -> Iterator[None]:
 
     Kernels started meanwhile inherit them.
     """
-    before = {key: os.environ.get(key) for key in values}
+    kept = {key: os.environ.get(key) for key in values}
+
+    def put(these: dict[str, str | None]) -> None:
+        for key, value in these.items():
+            os.environ.pop(key, None)
+            if value is not None:
+                os.environ[key] = value
+
     try:
-        for key, value in values.items():
-            _set(key, value)
+        put(values)
         yield
     finally:
-        for key, value in before.items():
-            _set(key, value)
-
-
-def _set(key: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(key, None)
-    else:
-        os.environ[key] = value
+        put(kept)

@@ -8,13 +8,14 @@ where.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from medtut.course.doctor_code import CodeError, Decoded, decode, encode
+from medtut.course.doctor_code import CHECK_NAMES, CodeError, Decoded, decode, encode
 from medtut.course.doctor_facts import ADDRESS, Facts
 
 __all__ = [
@@ -53,11 +54,9 @@ class Check:
 
 def check_python(facts: Facts) -> Check:
     """Whether Python is new enough."""
-    version = facts.python()
-    said = ".".join(map(str, version))
-    if version[:2] >= PYTHON:
+    said, need = (".".join(map(str, v)) for v in (facts.python(), PYTHON))
+    if facts.python()[:2] >= PYTHON:
         return Check("python", "ok", said)
-    need = ".".join(map(str, PYTHON))
     cure = f"install Python {need} or newer and make the environment again: make env"
     return Check("python", "failure", f"{said}, needs {need} or newer", cure)
 
@@ -66,12 +65,10 @@ def check_packages(facts: Facts) -> Check:
     """Whether every required package is there in a version within its range."""
     from packaging.requirements import Requirement
 
-    wanted, faults, count = [], [], 0
-    for line in facts.requirements():
-        one = Requirement(line)
-        if one.marker and not one.marker.evaluate({"extra": ""}):
-            continue
-        count += 1
+    every = map(Requirement, facts.requirements())
+    needed = [r for r in every if not r.marker or r.marker.evaluate({"extra": ""})]
+    wanted, faults = [], []
+    for one in needed:
         version = facts.version(one.name)
         if version is None:
             faults.append(f"{one.name} is missing")
@@ -81,7 +78,7 @@ def check_packages(facts: Facts) -> Check:
             continue
         wanted.append(f'"{one.name}{one.specifier}"')
     if not faults:
-        return Check("packages", "ok", f"all {count} within their ranges")
+        return Check("packages", "ok", f"all {len(needed)} within their ranges")
     cure = f"python -m pip install {' '.join(wanted)}"
     return Check("packages", "failure", "; ".join(faults), cure)
 
@@ -90,8 +87,9 @@ def check_torch_pair(facts: Facts) -> Check:
     """Whether torch and torchvision are built for each other."""
     from packaging.requirements import Requirement
 
-    status, out, err = facts.probe()
-    if status == 0 and "medtut-pair" in out:
+    status, _, err = facts.probe()
+    pair = _told(facts, "medtut-pair")
+    if status == 0 and pair:
         torch_version = facts.version("torch") or "0"
         for line in facts.requires("torchvision"):
             one = Requirement(line)
@@ -101,16 +99,14 @@ def check_torch_pair(facts: Facts) -> Check:
                     f"torchvision asks for torch {one.specifier}, not {torch_version}"
                 )
                 return Check("torch_pair", "failure", said, _REINSTALL)
-        pair = out.split("medtut-pair", 1)[1].split()
         return Check("torch_pair", "ok", f"torch {pair[0]}, torchvision {pair[1]}")
-    last = next((line for line in reversed(err.splitlines()) if line.strip()), "")
+    last = "".join(err.strip().splitlines()[-1:])
     if "torchvision::nms does not exist" in err:
         said = "torch and torchvision do not match (torchvision::nms does not exist)"
         return Check("torch_pair", "failure", said, _REINSTALL)
-    for name in ("torch", "torchvision"):
-        if f"No module named '{name}'" in err:
-            cure = "python -m pip install torch torchvision"
-            return Check("torch_pair", "failure", f"{name} is missing", cure)
+    if missing := re.search(r"No module named '(torch|torchvision)'", err):
+        cure = "python -m pip install torch torchvision"
+        return Check("torch_pair", "failure", f"{missing[1]} is missing", cure)
     if status == 124:
         cure = "run `medtut doctor` once more: a first import reads many files"
         return Check("torch_pair", "failure", last, cure)
@@ -120,24 +116,23 @@ def check_torch_pair(facts: Facts) -> Check:
 
 def device_kind(facts: Facts) -> str:
     """Return "cuda", "mps", "cpu", or "none" when torch cannot say."""
-    out = facts.probe()[1]
-    return (
-        out.split("medtut-device", 1)[1].split()[0]
-        if "medtut-device" in out
-        else "none"
-    )
+    return (_told(facts, "medtut-device") or ["none"])[0]
+
+
+def _told(facts: Facts, mark: str) -> list[str]:
+    """Return the words the probe printed after a mark, none if it did not get there."""
+    match = re.search(rf"{mark} (.*)", facts.probe()[1])
+    return match[1].split() if match else []
 
 
 def check_device(facts: Facts) -> Check:
     """Which device torch would use; a CPU is enough for the quick profile."""
-    kind = device_kind(facts)
+    kind, *name = _told(facts, "medtut-device") or ["none"]
     if kind == "none":
         cure = "first mend torch, named above; then run `medtut doctor` again"
         return Check("device", "failure", "torch does not say", cure)
-    line = facts.probe()[1].split("medtut-device", 1)[1].splitlines()[0]
-    name = line.split(None, 1)[1]
     more = " (enough for the quick profile)" if kind == "cpu" else ""
-    return Check("device", "ok", f"{kind}: {name}{more}")
+    return Check("device", "ok", f"{kind}: {' '.join(name)}{more}")
 
 
 def check_memory(facts: Facts) -> Check:
@@ -190,16 +185,8 @@ def check_cache(facts: Facts) -> Check:
     return Check("cache", "ok", "writable")
 
 
-# The order is part of the result code: append, never reorder.
 CHECKS: dict[str, Callable[[Facts], Check]] = {
-    "python": check_python,
-    "packages": check_packages,
-    "torch_pair": check_torch_pair,
-    "device": check_device,
-    "memory": check_memory,
-    "disk": check_disk,
-    "network": check_network,
-    "cache": check_cache,
+    name: globals()[f"check_{name}"] for name in CHECK_NAMES
 }
 _STYLE = {"ok": "green", "warning": "yellow", "failure": "red"}
 
@@ -240,19 +227,10 @@ class DoctorReport:
         from rich.console import Console
         from rich.text import Text
 
-        console = console or Console()
-        for one in self.checks:
-            line = Text(f"{one.status:8}", style=f"bold {_STYLE[one.status]}")
-            line.append(f"{one.name:12}", style="bold").append(one.message, "default")
-            console.print(line, soft_wrap=True)
-            if one.cure:
-                console.print(Text(f"{'':8}cure: {one.cure}"), soft_wrap=True)
-        console.print(Text(f"Result code: {self.code}", style="bold"), soft_wrap=True)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        checks = [vars(one) for one in self.checks]
-        return {"exit_code": self.exit_code, "code": self.code, "checks": checks}
+        text = Text(self.to_text())
+        for status, colour in _STYLE.items():
+            text.highlight_regex(rf"(?m)^{status}\b", f"bold {colour}")
+        (console or Console()).print(text, soft_wrap=True)
 
 
 def run_doctor(
@@ -260,23 +238,18 @@ def run_doctor(
     checks: Mapping[str, Callable[[Facts], Check]] = CHECKS,
 ) -> DoctorReport:
     """Run all checks; a check that itself fails is reported, not raised."""
+    from packaging.requirements import Requirement
+
     facts = facts or Facts()
     done = [_safely(name, check, facts) for name, check in checks.items()]
     try:
-        device = device_kind(facts)
-        versions = _versions(facts)
-        python = facts.python()[1]
+        device, python = device_kind(facts), facts.python()[1]
+        needed = (Requirement(line) for line in facts.requirements())
+        versions = {r.name: facts.version(r.name) for r in needed if not r.marker}
     except Exception:  # the checks above have said what is wrong
         device, versions, python = "none", {}, sys.version_info[1]
     code = encode({one.name: one.status for one in done}, device, python, versions)
     return DoctorReport(tuple(done), code)
-
-
-def _versions(facts: Facts) -> dict[str, str | None]:
-    from packaging.requirements import Requirement
-
-    needed = (Requirement(line) for line in facts.requirements())
-    return {one.name: facts.version(one.name) for one in needed if not one.marker}
 
 
 def _safely(name: str, check: Callable[[Facts], Check], facts: Facts) -> Check:

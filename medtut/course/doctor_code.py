@@ -7,14 +7,15 @@ and Python in one byte, two bytes that are equal where package versions are equa
 from __future__ import annotations
 
 import base64
-import binascii
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from medtut.errors import MedtutError
 
+# The order is part of the result code: append, never reorder.
 CHECK_NAMES = (
     "python",
     "packages",
@@ -104,16 +105,17 @@ def decode(code: str) -> Decoded:
     CodeError
         If it is no such code, or was mistyped.
     """
-    parts = "".join(code.split()).upper().split("-")
-    shaped = len(parts) == 4 and len(parts[2]) == 8 and len(parts[3]) == 2
-    if not shaped or parts[0] != "MT1" or parts[1] not in ("OK", "FAIL"):
+    match = re.fullmatch(
+        r"MT1-(OK|FAIL)-(.{8})-(..)", "".join(code.split()).upper(), re.DOTALL
+    )
+    if match is None:
         raise CodeError(
             f"{code!r} is no result code; one looks like MT1-OK-AAAAFC3K-QF."
         )
-    body, letters = (one.translate(_LOOK_ALIKE) for one in parts[2:])
+    word, body, letters = (text.translate(_LOOK_ALIKE) for text in match.groups())
     try:
         payload = base64.b32decode(body)
-    except binascii.Error:
+    except ValueError:
         payload = b""
     if len(payload) != 5 or _check_letters(payload) != letters:
         raise CodeError(f"{code!r} was mistyped: its last two letters do not fit.")
@@ -125,6 +127,6 @@ def decode(code: str) -> Decoded:
         f"3.{machine & 63}",
         payload[3:].hex(),
     )
-    if decoded.ok != (parts[1] == "OK"):
-        raise CodeError(f"{code!r} was mistyped: {parts[1]} does not fit the rest.")
+    if decoded.ok != (word == "OK"):
+        raise CodeError(f"{code!r} was mistyped: {word} does not fit the rest.")
     return decoded

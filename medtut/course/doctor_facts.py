@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata as metadata
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 # The official address of most assets; any answer at all means "online".
@@ -30,35 +30,25 @@ print("medtut-pair", torch.__version__, torchvision.__version__, flush=True)
 """
 
 
-@dataclass
 class Facts:
     """What the checks look at; tests replace it."""
-
-    _probe: tuple[int, str, str] | None = field(default=None, repr=False)
 
     def python(self) -> tuple[int, ...]:
         """Version of the running Python."""
         return tuple(sys.version_info[:3])
 
+    @functools.cache  # noqa: B019  there is one for a run
     def probe(self) -> tuple[int, str, str]:
         """Import torch and torchvision elsewhere: exit status, output, errors."""
-        if self._probe is None:
-            command = [sys.executable, "-c", _PROBE]
-            try:
-                done = subprocess.run(
-                    command,
-                    capture_output=True,
-                    text=True,
-                    encoding="utf-8",
-                    errors="replace",
-                    timeout=PROBE_TIMEOUT_S,
-                    check=False,
-                )
-                self._probe = (done.returncode, done.stdout, done.stderr)
-            except subprocess.TimeoutExpired:
-                said = f"importing took longer than {PROBE_TIMEOUT_S:.0f} s"
-                self._probe = (124, "", said)
-        return self._probe
+        command = [sys.executable, "-c", _PROBE]
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=PROBE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return 124, "", f"importing took longer than {PROBE_TIMEOUT_S:.0f} s"
+        out, err = (
+            text.decode(errors="replace") for text in (done.stdout, done.stderr)
+        )
+        return done.returncode, out, err
 
     def requirements(self) -> list[str]:
         """What the package asks for, from its metadata or from pyproject.toml."""

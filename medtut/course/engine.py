@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from medtut.machine import MemorySampler
 
 
 @dataclass
@@ -38,30 +38,6 @@ class Execution:
     seconds: float = 0.0
     peak_mb: float = 0.0
     cell_seconds: list[list[float]] = field(default_factory=list)
-
-
-class MemorySampler:
-    """Follow the resident memory of a process and its children in a thread."""
-
-    def __init__(self, pid: Callable[[], int | None], every: float = 0.2):
-        self._pid, self._every = pid, every
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-        self.peak_mb = 0.0
-
-    def __enter__(self) -> MemorySampler:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join(timeout=5)
-
-    def _follow(self) -> None:
-        while not self._stop.wait(self._every):
-            pid = self._pid()
-            if pid is not None:
-                self.peak_mb = max(self.peak_mb, _resident_mb(pid))
 
 
 def execute(
@@ -121,7 +97,7 @@ def execute(
     log_path = target.with_name("kernel.log")
     with (
         log_path.open("wb") as log,
-        MemorySampler(pid) as memory,
+        MemorySampler(pid, children=True, every=0.2) as memory,
         warnings.catch_warnings(),
     ):
         # pyzmq on Windows warns about the event loop papermill chooses.
@@ -151,7 +127,7 @@ def execute(
         except PapermillException as error:
             result.error = str(error)
     result.seconds = time.perf_counter() - start
-    result.peak_mb = memory.peak_mb
+    result.peak_mb = memory.peak / 2**20
     log_path.unlink(missing_ok=True)
     if target.is_file():
         from medtut.course.nbfile import read_notebook
@@ -166,6 +142,7 @@ def _this_interpreter(managers: list[Any], log: Any) -> type:
     What the kernel process itself complains about goes to the file `log`: it would
     tear the progress bar, and a kernel that died may have said why.
     """
+    from ipykernel.kernelspec import make_ipkernel_cmd
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
 
@@ -180,15 +157,7 @@ def _this_interpreter(managers: list[Any], log: Any) -> type:
         @property
         def kernel_spec(self) -> KernelSpec:
             return KernelSpec(
-                argv=[
-                    sys.executable,
-                    "-m",
-                    "ipykernel_launcher",
-                    "-f",
-                    "{connection_file}",
-                ],
-                display_name="Python 3",
-                language="python",
+                argv=make_ipkernel_cmd(), display_name="Python 3", language="python"
             )
 
     return ThisInterpreter
@@ -198,19 +167,3 @@ def _tail(path: Path, lines: int = 8) -> str:
     text = path.read_text(encoding="utf-8", errors="replace")
     told = [line for line in text.splitlines() if "without encryption" not in line]
     return "\n".join(told[-lines:])
-
-
-def _resident_mb(pid: int) -> float:
-    import psutil
-
-    total = 0
-    try:
-        process = psutil.Process(pid)
-        for one in [process, *process.children(recursive=True)]:
-            try:
-                total += one.memory_info().rss
-            except psutil.Error:
-                continue
-    except psutil.Error:
-        return 0.0
-    return total / 2**20

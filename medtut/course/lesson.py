@@ -14,22 +14,19 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from medtut.course import machine
-from medtut.course.files import (
-    check_writable,
-    read_json,
-    repository_root,
-    write_bytes,
-    write_json,
-)
+from medtut import machine
+from medtut.course.files import check_writable, repository_root
 from medtut.course.profiles import LessonSettings, SettingsError, profile_table, resolve
 from medtut.errors import MedtutError
+from medtut.files import read_json, write_bytes, write_json
 
 FIGURE_BYTES = 100_000
 FIGURE_DPI = (110, 90, 75, 60)
@@ -84,7 +81,8 @@ class Lesson:
         self._fallbacks: list[dict[str, str]] = []
         self._start = time.perf_counter()
         self._status = "running"
-        self._keep_previous()
+        if (read_json(self.path) or {}).get("status") == "complete":
+            os.replace(self.path, self.out / "metrics.previous.json")
         self._write()
         if not self.evidence:
             _display_html(f"<p><strong>{NOT_EVIDENCE}.</strong></p>", NOT_EVIDENCE)
@@ -97,13 +95,10 @@ class Lesson:
         raise AttributeError(f"no setting {name!r}; the settings are {known}")
 
     def __repr__(self) -> str:
-        values = ", ".join(
-            f"{key}={value!r}"
-            for key, value in self.settings.model_dump().items()
-            if key not in {"out", "data"}
-        )
+        values = self.settings.model_dump(exclude={"out", "data"})
+        said = ", ".join(f"{key}={value!r}" for key, value in values.items())
         stamp = "" if self.evidence else f" ({NOT_EVIDENCE})"
-        return f"Lesson {self.slug}: {values}{stamp}"
+        return f"Lesson {self.slug}: {said}{stamp}"
 
     @property
     def evidence(self) -> bool:
@@ -154,11 +149,13 @@ class Lesson:
             )
         if not name or Path(name).name != name or Path(name).suffix:
             raise MedtutError(f"{name!r} is not a plain name for a figure")
-        image, width, height = _png(fig, name)
-        path = write_bytes(self.out / "figures" / f"{name}.png", image)
+        image = _png(fig, name)
+        width, height = (round(80 * inches) for inches in fig.get_size_inches())
+        file = f"figures/{name}.png"
+        path = write_bytes(self.out / file, image)
         entry = {
             "name": name,
-            "file": f"figures/{name}.png",
+            "file": file,
             "alt": alt,
             "width": width,
             "height": height,
@@ -172,7 +169,8 @@ class Lesson:
             'style="max-width:100%;height:auto;background:#fff">',
             f"[figure {name}: {alt}]",
         )
-        _close(fig)
+        if pyplot := sys.modules.get("matplotlib.pyplot"):
+            pyplot.close(fig)
         return path
 
     def fell_back(self, what: str, to: str) -> None:
@@ -199,16 +197,7 @@ class Lesson:
             f"profile {self.settings.profile}{stamp}"
         )
 
-    def _keep_previous(self) -> None:
-        previous = read_json(self.path, {})
-        if isinstance(previous, dict) and previous.get("status") == "complete":
-            os.replace(self.path, self.out / "metrics.previous.json")
-
     def _write(self) -> None:
-        settings = self.settings.model_dump(mode="json")
-        # Folders belong to one machine, not to the result.
-        settings["data"] = "own data" if settings.pop("data") else None
-        settings.pop("out")
         write_json(
             self.path,
             {
@@ -216,10 +205,10 @@ class Lesson:
                 "profile": self.settings.profile,
                 "evidence": self.evidence,
                 "status": self._status,
-                "settings": settings,
+                "settings": self.settings.stored(),
                 "fell_back": self._fallbacks,
                 "seconds": round(time.perf_counter() - self._start, 2),
-                "peak_memory_mb": round(machine.peak_memory_mb(), 1),
+                "peak_memory_mb": round(machine.peak_memory() / 2**20, 1),
                 "machine": machine.describe_machine(),
                 "versions": machine.versions(),
                 "metrics": self.metrics,
@@ -249,42 +238,27 @@ def _plain(name: str, value: Any) -> Any:
     )
 
 
-def _png(fig: Any, name: str) -> tuple[bytes, int, int]:
-    """Return PNG bytes within the limit, and the size to show it at in CSS pixels."""
-    import io
-
+def _png(fig: Any, name: str) -> bytes:
+    """Return a PNG within the limit: fewer colours, then fewer pixels."""
     from PIL import Image
 
-    size = fig.get_size_inches()
     for dpi in FIGURE_DPI:
         buffer = io.BytesIO()
         fig.savefig(buffer, format="png", dpi=dpi, facecolor="white")
         image = Image.open(buffer).convert("RGB")
-        for colours in (None, 256):
+        for picture in (image, image.quantize(256)):
             small = io.BytesIO()
-            picture = image if colours is None else image.quantize(colours)
             picture.save(small, format="png", optimize=True)
             if small.tell() <= FIGURE_BYTES:
-                css = 80
-                return small.getvalue(), round(size[0] * css), round(size[1] * css)
+                return small.getvalue()
     raise MedtutError(
         f"figure {name!r} stays above {FIGURE_BYTES // 1000} kB at {FIGURE_DPI[-1]} "
         "dpi: make it smaller"
     )
 
 
-def _close(fig: Any) -> None:
-    import sys
-
-    pyplot = sys.modules.get("matplotlib.pyplot")
-    if pyplot is not None:
-        pyplot.close(fig)
-
-
 def _display_html(markup: str, plain: str) -> None:
     """Show HTML in a notebook; stay silent in a plain Python process."""
-    import sys
-
     if "IPython" not in sys.modules:
         return
     from IPython import get_ipython

@@ -12,6 +12,7 @@ from typing import Any
 from medtut.course.profiles import SettingsError
 
 WIDGETS = "application/vnd.jupyter.widget-state+json"
+VIEW = "application/vnd.jupyter.widget-view+json"
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -61,7 +62,7 @@ def write_notebook(nb: Any, path: Path) -> Path:
     """Write a notebook by rename, ending in one newline."""
     import nbformat
 
-    from medtut.course.files import write_text
+    from medtut.files import write_text
 
     return write_text(path, nbformat.writes(nb).rstrip("\n") + "\n")
 
@@ -111,20 +112,14 @@ def find_errors(nb: Any) -> list[CellError]:
     owners: dict[str, int] = {}
     for index, cell in enumerate(nb.cells):
         for output in cell.get("outputs", []):
-            view = output.get("data", {}).get(
-                "application/vnd.jupyter.widget-view+json"
-            )
-            if view:
+            if view := output.get("data", {}).get(VIEW):
                 owners[view.get("model_id", "")] = index
             if output.output_type == "error":
-                text = f"{output.ename}: {output.evalue}"
-                found.append(error_at(nb, index, _plain(text)))
+                found.append(error_at(nb, index, _error_text(output)))
     for model_id, outputs in _widget_outputs(nb):
-        for output in outputs:
-            text = _error_text(output)
-            if text:
-                index = owners.get(model_id, -1)
-                found.append(error_at(nb, index, "in a widget: " + _plain(text)))
+        for text in filter(None, map(_error_text, outputs)):
+            index = owners.get(model_id, -1)
+            found.append(error_at(nb, index, f"in a widget: {text}"))
     return found
 
 
@@ -179,49 +174,35 @@ def static_widgets(nb: Any) -> Any:
     Without its state a view is a line of plain text; a cell that drew its default
     with ``lesson.show`` keeps the picture only.
     """
-    view = "application/vnd.jupyter.widget-view+json"
     for cell in nb.cells:
         if cell.cell_type == "code":
-            cell.outputs = [
-                output for output in cell.outputs if view not in output.get("data", {})
-            ]
+            cell.outputs = [o for o in cell.outputs if VIEW not in o.get("data", {})]
     return nb
 
 
 def _widget_outputs(nb: Any) -> Iterator[tuple[str, list[Any]]]:
+    """Outputs caught by widgets, each with the outermost box that holds the widget."""
     states = nb.metadata.get("widgets", {}).get(WIDGETS, {}).get("state", {})
-    parents = _parents(states)
+    box = {
+        str(child).removeprefix("IPY_MODEL_"): model_id
+        for model_id, model in states.items()
+        for child in model.get("state", {}).get("children") or []
+    }
     for model_id, model in states.items():
-        outputs = model.get("state", {}).get("outputs")
-        if outputs:
-            yield parents.get(model_id, model_id), list(outputs)
-
-
-def _parents(states: dict[str, Any]) -> dict[str, str]:
-    """Map each widget to the outermost box that holds it."""
-    up = {}
-    for model_id, model in states.items():
-        for child in model.get("state", {}).get("children") or []:
-            up[str(child).removeprefix("IPY_MODEL_")] = model_id
-    top = {}
-    for model_id in up:
-        seen = {model_id}
-        parent = up[model_id]
-        while parent in up and parent not in seen:
-            seen.add(parent)
-            parent = up[parent]
-        top[model_id] = parent
-    return top
+        outermost, seen = model_id, set()
+        while outermost in box and outermost not in seen:
+            seen.add(outermost)
+            outermost = box[outermost]
+        if outputs := model.get("state", {}).get("outputs"):
+            yield outermost, list(outputs)
 
 
 def _error_text(output: Any) -> str:
-    if output.get("output_type") == "error":
-        return f"{output.get('ename')}: {output.get('evalue')}"
     text = "".join(output.get("text", ""))
-    return text if "Traceback (most recent call last)" in text else ""
-
-
-def _plain(text: str) -> str:
+    if output.get("output_type") == "error":
+        text = f"{output.get('ename')}: {output.get('evalue')}"
+    elif "Traceback (most recent call last)" not in text:
+        return ""
     return _ANSI.sub("", text)
 
 
@@ -229,8 +210,6 @@ def _hide(output: Any, hide: dict[str, str]) -> None:
     def scrub(text: Any) -> Any:
         if isinstance(text, list):
             return [scrub(item) for item in text]
-        if not isinstance(text, str):
-            return text
         for secret, shown in hide.items():
             text = text.replace(secret, shown)
         return text

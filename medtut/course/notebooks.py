@@ -5,25 +5,16 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from medtut.course import nbfile, percent
 from medtut.course.catalog import notebooks_dir
-from medtut.course.files import read_json, write_json
 from medtut.course.profiles import SettingsError, _did_you_mean
 from medtut.errors import MedtutError
-
-app = typer.Typer(
-    help="Build the stored notebooks from notebooks/source.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+from medtut.files import read_json, write_json
 
 
 def sources(folder: Path | str | None = None) -> dict[str, Path]:
@@ -56,8 +47,12 @@ def build_notebook(
     path = base / f"{slug}.ipynb"
     nb = percent.build(text, slug)
     if not execute:
-        if path.is_file():
-            _keep_outputs(nb, nbfile.read_notebook(path))
+        old = nbfile.read_notebook(path).cells if path.is_file() else []
+        by_id = {cell.get("id"): cell for cell in old}
+        for cell in nb.cells:
+            if cell.cell_type == "code" and (before := by_id.get(cell["id"])):
+                cell.outputs = before.outputs
+                cell.execution_count = before.execution_count
         return nbfile.write_notebook(nb, path)
     before = path.read_bytes() if path.is_file() else None
     nbfile.write_notebook(nb, path)
@@ -99,51 +94,34 @@ def _execute(slug: str, base: Path, profile: str) -> Any:
     return run.nb
 
 
-def _keep_outputs(nb: Any, old: Any) -> None:
-    by_id = {cell.get("id"): cell for cell in old.cells if cell.cell_type == "code"}
-    for cell in nb.cells:
-        before = by_id.get(cell["id"])
-        if cell.cell_type == "code" and before is not None:
-            cell.outputs = before.outputs
-            cell.execution_count = before.execution_count
-
-
-@app.command("build")
-def build_command(
-    slugs: Annotated[list[str] | None, typer.Argument(help="All by default.")] = None,
-    execute: Annotated[
-        bool, typer.Option("--execute/--no-execute", help="Run and store outputs.")
-    ] = True,
-    profile: Annotated[str, typer.Option(help="Profile of the stored run.")] = "quick",
-) -> None:
-    """Build notebooks from their text; by default run them and store the outputs."""
-    known = sources()
-    for slug in slugs or []:
-        if slug not in known:
-            raise SettingsError(
-                f"no text form for {slug!r}{_did_you_mean(slug, known)}; there are: "
-                f"{', '.join(known) or 'none'}"
-            )
-    for slug in slugs or known:
-        print(build_notebook(slug, None, execute, profile))
-
-
-@app.command("check")
-def check_command() -> None:
-    """Say which notebooks are not in step with their text; exit code 1 if any."""
-    bad = False
-    for slug in sources():
-        for line in check_step(slug):
-            bad = True
-            print(f"{slug}: {line}")
-    if bad:
-        raise typer.Exit(1)
-
-
 def main() -> None:
     """Run the command; errors meant for people are printed without a traceback."""
+    parser = argparse.ArgumentParser(prog="python -m medtut.course.notebooks")
+    parser.add_argument("command", choices=("build", "check"))
+    parser.add_argument("slugs", nargs="*", help="all by default")
+    flag = argparse.BooleanOptionalAction
+    parser.add_argument(
+        "--execute", action=flag, default=True, help="run and store outputs"
+    )
+    parser.add_argument("--profile", default="quick", help="of the stored run")
+    given = parser.parse_args()
     try:
-        app()
+        known = sources()
+        for slug in given.slugs:
+            if slug not in known:
+                raise SettingsError(
+                    f"no text form for {slug!r}{_did_you_mean(slug, known)}; there "
+                    f"are: {', '.join(known) or 'none'}"
+                )
+        bad = False
+        for slug in given.slugs or known:
+            if given.command == "build":
+                print(build_notebook(slug, None, given.execute, given.profile))
+                continue
+            for line in check_step(slug):
+                bad = True
+                print(f"{slug}: {line}")
+        raise SystemExit(bad)
     except MedtutError as error:
         print(f"notebooks: {error}", file=sys.stderr)
         raise SystemExit(2) from None

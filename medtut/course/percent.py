@@ -9,13 +9,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from medtut.course.files import read_json, repository_root
+from medtut.course.files import repository_root
+from medtut.files import read_json
 
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 COST = re.compile(r"(<!-- medtut:cost -->).*?(<!-- /medtut:cost -->)", re.DOTALL)
 BADGE = re.compile(r"(<!-- medtut:colab -->).*?(<!-- /medtut:colab -->)", re.DOTALL)
 # In code the place is a pair of comments; the same address goes between them.
-INSTALL = re.compile(r"(# medtut:install\n).*?([ \t]*# /medtut:install)", re.DOTALL)
+INSTALL = re.compile(r"(# medtut:install)\n.*?([ \t]*# /medtut:install)", re.DOTALL)
 NO_ADDRESS = "    raise RuntimeError('install medtut first: this copy has no address')"
 
 
@@ -65,23 +66,26 @@ def set_ids(nb: Any, slug: str) -> None:
 
 def stamp(nb: Any, slug: str, root: Path | None = None) -> None:
     """Fill the places of cost table, badge and install line, in place."""
-    table = cost_table(slug, root)
+    places = {
+        "markdown": (
+            (COST, cost_table(slug, root), "\n\n"),
+            (BADGE, badge(slug, root), "\n"),
+        ),
+        "code": ((INSTALL, install_line(root), "\n"),),
+    }
     for cell in nb.cells:
-        if cell.cell_type == "markdown":
-            cell.source = _fill(COST, cell.source, table, "\n\n")
-            cell.source = _fill(BADGE, cell.source, badge(slug, root), "\n")
-        elif cell.cell_type == "code":
-            line = install_line(root)
-            cell.source = INSTALL.sub(
-                lambda m, x=line: f"{m[1]}{x}\n{m[2]}", cell.source
+        for place, content, gap in places.get(cell.cell_type, ()):
+            inside = f"{gap}{content}{gap}" if content else "\n"
+            cell.source = place.sub(
+                lambda match, x=inside: f"{match[1]}{x}{match[2]}", cell.source
             )
 
 
 def unstamped(source: str) -> str:
     """Return a cell's source with the stamped places empty."""
-    source = COST.sub(r"\1\n\2", source)
-    source = BADGE.sub(r"\1\n\2", source)
-    return INSTALL.sub(r"\1\2", source)
+    for place in (COST, BADGE, INSTALL):
+        source = place.sub(r"\1\n\2", source)
+    return source
 
 
 def badge(slug: str, root: Path | None = None) -> str:
@@ -137,27 +141,15 @@ def differences(text: Any, stored: Any) -> list[str]:
         found.append(
             f"{len(text.cells)} cells in the text, {len(stored.cells)} in the notebook"
         )
-    for number, (one, two) in enumerate(
-        zip(text.cells, stored.cells, strict=False), start=1
-    ):
+    pairs = zip(text.cells, stored.cells, strict=False)
+    for number, (one, two) in enumerate(pairs, start=1):
         if one.cell_type != two.cell_type:
             found.append(f"cell {number} is {one.cell_type} in the text only")
         elif unstamped(one.source).strip() != unstamped(two.source).strip():
             found.append(f"cell {number} reads differently: {two.source[:60]!r}")
-        elif _metadata(one) != _metadata(two):
+        elif any(
+            (one.metadata.get(key) or None) != (two.metadata.get(key) or None)
+            for key in ("tags", "medtut")
+        ):
             found.append(f"cell {number}: tags or metadata differ")
     return found
-
-
-def _metadata(cell: Any) -> dict[str, Any]:
-    kept = {
-        key: value
-        for key, value in dict(cell.metadata).items()
-        if key in {"tags", "medtut"}
-    }
-    return {key: value for key, value in kept.items() if value}
-
-
-def _fill(place: re.Pattern[str], source: str, content: str, gap: str) -> str:
-    inside = f"{gap}{content}{gap}" if content else "\n"
-    return place.sub(lambda match: f"{match[1]}{inside}{match[2]}", source)

@@ -9,21 +9,32 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import json
 import os
 import re
 import sys
 from functools import cache
 from pathlib import Path
-from types import ModuleType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from types import ModuleType
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medtut.errors import MedtutError
 
 PROFILES = ("smoke", "quick", "full")
-_FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes ``1e-4`` for text; here it is the number it looks like."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
 
 
 class SettingsError(MedtutError):
@@ -56,27 +67,10 @@ class LessonSettings(BaseModel):
     data: str | None = None
     out: str | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_for_tuples(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {key: cls._fit(key, value) for key, value in values.items()}
-
-    @classmethod
-    def _fit(cls, key: str, value: Any) -> Any:
-        field = cls.model_fields.get(key)
-        if field is None:
-            return value
-        kinds = [field.annotation]
-        if get_origin(field.annotation) in (Union, UnionType):
-            kinds = list(get_args(field.annotation))
-        kinds = [get_origin(kind) or kind for kind in kinds]
-        if isinstance(value, list) and tuple in kinds and list not in kinds:
-            return tuple(value)
-        if isinstance(value, tuple) and list in kinds and tuple not in kinds:
-            return list(value)
-        return value
+    def stored(self) -> dict[str, Any]:
+        """Return what is kept with a result: no folders, they belong to one machine."""
+        own = "own data" if self.data else None
+        return {**self.model_dump(mode="json", exclude={"out"}), "data": own}
 
 
 @cache
@@ -112,10 +106,9 @@ def lesson_module(slug: str | int) -> ModuleType:
     number, names = _module_names(slug)
     own = os.environ.get("MEDTUT_NOTEBOOKS")
     for name in names:
-        if own:
-            path = Path(own) / "lessons" / f"{name}.py"
-            if path.is_file():
-                return _load_file(path, name)
+        path = Path(own or "") / "lessons" / f"{name}.py"
+        if own and path.is_file():
+            return _load_file(path, name)
         full = f"medtut.course.lessons.{name}"
         if importlib.util.find_spec(full) is not None:
             return importlib.import_module(full)
@@ -150,7 +143,6 @@ def resolve(
     given.pop("profile", None)
     module = lesson_module(slug)
     kind: type[LessonSettings] = module.Settings
-    refuse_unknown(slug, kind, given)
     values = {
         **profile_table()[name].get("defaults", {}),
         **module.PRESETS.get(name, {}),
@@ -158,30 +150,17 @@ def resolve(
         "profile": name,
     }
     try:
-        return kind(**values)
+        # As JSON: there, and only there, pydantic's strict mode takes a list (papermill
+        # and YAML know no other) for a tuple. A Path or an array is still refused.
+        return kind.model_validate_json(
+            json.dumps(values, default=lambda x: {"": str(x)})
+        )
     except ValidationError as error:
         raise SettingsError(_explain(slug, kind, name, given, error)) from None
 
 
-def refuse_unknown(
-    slug: str | int, kind: type[LessonSettings], given: dict[str, Any]
-) -> None:
-    """Raise `SettingsError` for keys that are no field of `kind`."""
-    known = sorted(kind.model_fields)
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        lines = [
-            f"lesson {slug}: unknown setting {key!r}{_did_you_mean(key, known)}"
-            for key in unknown
-        ]
-        lines.append(f"known settings: {', '.join(known)}")
-        raise SettingsError("\n".join(lines))
-
-
 def parse_value(text: str) -> Any:
     """Read the right-hand side of ``--set key=value`` as a YAML value.
-
-    YAML 1.1 takes ``1e-4`` for text; here it is the number it looks like.
 
     Examples
     --------
@@ -189,22 +168,11 @@ def parse_value(text: str) -> Any:
     (0.0001, 8, [1, 2], 'x')
     """
 
-    def numbers(value: Any) -> Any:
-        if isinstance(value, str) and _FLOAT.fullmatch(value.strip()):
-            return float(value)
-        if isinstance(value, list):
-            return [numbers(item) for item in value]
-        if isinstance(value, dict):
-            return {key: numbers(item) for key, item in value.items()}
-        return value
-
     try:
-        value = yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         first = str(error).splitlines()[0]
         raise SettingsError(f"cannot read the value {text!r}: {first}") from None
-    quoted = text.strip()[:1] in {'"', "'"}
-    return value if quoted else numbers(value)
 
 
 def parse_sets(pairs: list[str] | None) -> dict[str, Any]:
@@ -248,10 +216,7 @@ def _load_file(path: Path, name: str) -> ModuleType:
     if module is not None and module.__file__ == str(path):
         return module
     spec = importlib.util.spec_from_file_location(full, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[full] = module
+    sys.modules[full] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -268,36 +233,36 @@ def _explain(
     given: dict[str, Any],
     error: ValidationError,
 ) -> str:
-    lines = []
+    lines, known = [], []
     for item in error.errors():
-        key = str(item["loc"][0]) if item["loc"] else "settings"
+        key = str(next(iter(item["loc"]), "settings"))
+        value = given.get(key, item["input"])
+        if item["type"] == "extra_forbidden":
+            meant = _did_you_mean(key, kind.model_fields)
+            lines.append(f"lesson {slug}: unknown setting {key!r}{meant}")
+            known = [f"known settings: {', '.join(sorted(kind.model_fields))}"]
+            continue
         if item["type"] == "missing":
             lines.append(
                 f"lesson {slug}: {key!r} has no value: not given, and profile "
                 f"{profile!r} has no preset for it"
             )
             continue
-        value = item["input"]
         source = "" if key in given else f" (from the preset of {profile!r})"
         lines.append(
             f"lesson {slug}: {key} = {value!r}{source} ({type(value).__name__}): "
             f"{_expected(kind, key)}; {item['msg'].lower()}"
         )
-    return "\n".join(lines)
+    return "\n".join(lines + known)
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 def _expected(kind: type[LessonSettings], key: str) -> str:
-    field = kind.model_fields.get(key)
-    if field is None:
+    if key not in kind.model_fields:
         return "not a known combination"
-    annotation = field.annotation
+    annotation = kind.model_fields[key].annotation
     if get_origin(annotation) is Literal:
         return "expected one of " + ", ".join(repr(v) for v in get_args(annotation))
-    plain = {
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        bool: "true or false",
-    }
-    name = plain.get(annotation) or str(annotation).replace("typing.", "")
-    return f"expected {name}"
+    return f"expected {_WORDS.get(annotation, str(annotation).replace('typing.', ''))}"

@@ -6,35 +6,8 @@ import html
 from pathlib import Path
 from typing import Any
 
-from medtut.course.files import read_json, write_text
 from medtut.course.profiles import SettingsError, lesson_module, profile_table
-
-STYLE = """
-:root { color-scheme: light dark; --fg: #1b1b1b; --bg: #fff; --soft: #f3f4f6;
-  --line: #c9ccd1; --link: #0b5394; }
-@media (prefers-color-scheme: dark) {
-  :root { --fg: #e8e8e8; --bg: #16181c; --soft: #23262c; --line: #454a53;
-    --link: #8ab4f8; } }
-* { box-sizing: border-box; }
-body { font: 1rem/1.55 system-ui, sans-serif; color: var(--fg); background: var(--bg);
-  margin: 0 auto; max-width: 72rem; padding: 1.5rem; }
-a { color: var(--link); }
-.lessons { display: grid; gap: 1.25rem;
-  grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); padding: 0; }
-.lessons > li { list-style: none; border: 1px solid var(--line); border-radius: .5rem;
-  overflow: hidden; background: var(--soft); display: flex; flex-direction: column; }
-.lessons img { display: block; width: 100%; height: 14rem; object-fit: contain;
-  background: #fff; }
-.text { padding: .75rem 1rem 1rem; }
-h2 { font-size: 1.15rem; margin: 0 0 .5rem; }
-table { border-collapse: collapse; width: 100%; }
-th { text-align: left; font-weight: 400; padding: .15rem .5rem .15rem 0; }
-td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-tr { border-top: 1px solid var(--line); }
-.note { border-left: .3rem solid #d55e00; padding: .4rem .8rem;
-  background: var(--soft); }
-.small { font-size: .875rem; }
-"""
+from medtut.files import read_json, write_text
 
 
 def write_index(folder: Path, profile: str) -> Path:
@@ -66,12 +39,18 @@ def key_numbers(slug: str, metrics: dict[str, Any]) -> list[tuple[str, str]]:
         chosen = []
     rows = []
     for key, label, form in chosen:
-        value: Any = metrics
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            rows.append((label, _format(value, form)))
+        if (value := lookup(metrics, key)) is not None:
+            shown = form.format(value) if "{" in form else format(value, form)
+            rows.append((label, shown))
     return rows
+
+
+def lookup(metrics: dict[str, Any], key: str) -> Any:
+    """Return a recorded number, None if there is none; a dot goes down a level."""
+    value: Any = metrics
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def minutes(seconds: float) -> str:
@@ -88,59 +67,47 @@ def memory(mb: float) -> str:
     return f"{mb:.0f} MB" if mb < 1000 else f"{mb / 1024:.1f} GB"
 
 
-def _format(value: Any, form: str) -> str:
-    if "{" in form:
-        return form.format(value)
-    return format(value, form)
-
-
 def _card(base: Path, folder: Path) -> str:
-    slug = folder.relative_to(base).as_posix()
+    name, text = folder.relative_to(base).as_posix(), html.escape
+    slug = text(name)
     result = read_json(folder / "metrics.json", {})
     cost = read_json(folder / "cost.json", {})
-    title = html.escape(str(cost.get("title") or slug))
+    title = text(str(cost.get("title") or name))
+    parts = [
+        f'<img src="{slug}/{text(first["file"])}" alt="{text(first["alt"])}" '
+        'loading="lazy">'
+        for first in read_json(folder / "figures.json", [])[:1]
+    ]
     pages = sorted(folder.glob("*.html"))
-    parts = []
-    figures = read_json(folder / "figures.json", [])
-    if figures:
-        first = figures[0]
-        parts.append(
-            f'<img src="{html.escape(slug)}/{html.escape(first["file"])}" '
-            f'alt="{html.escape(first["alt"])}" loading="lazy">'
-        )
-    link = (
-        f'<a href="{html.escape(slug)}/{pages[0].name}">{title}</a>' if pages else title
-    )
+    link = f'<a href="{slug}/{pages[0].name}">{title}</a>' if pages else title
     parts.append(f'<div class="text"><h2>{link}</h2>')
+    notes = []
     if result.get("status") != "complete":
-        parts.append('<p class="note">This run did not reach its end.</p>')
+        notes.append("This run did not reach its end.")
     if result.get("evidence") is False:
-        parts.append('<p class="note">Smoke run: not evidence.</p>')
+        notes.append("Smoke run: not evidence.")
     for fall in result.get("fell_back", []):
-        note = f"Not available: {fall['what']}; used {fall['to']}."
-        parts.append(f'<p class="note small">{html.escape(note)}</p>')
-    rows = key_numbers(slug, result.get("metrics", {}))
+        notes.append(f"Not available: {fall['what']}; used {fall['to']}.")
+    parts += [f'<p class="note small">{text(note)}</p>' for note in notes]
+    rows = [
+        f'<tr><th scope="row">{text(label)}</th><td>{text(value)}</td></tr>'
+        for label, value in key_numbers(name, result.get("metrics", {}))
+    ]
     if rows:
-        parts.append("<table>")
-        parts += [
-            f'<tr><th scope="row">{html.escape(label)}</th>'
-            f"<td>{html.escape(value)}</td></tr>"
-            for label, value in rows
-        ]
-        parts.append("</table>")
+        parts += ["<table>", *rows, "</table>"]
     if cost:
         parts.append(
             f'<p class="small">{minutes(cost["seconds"])}, '
-            f"{memory(cost['peak_memory_mb'])}, {html.escape(str(cost['device']))} "
-            f"({html.escape(str(cost['cpu']))}, {cost['cores']} cores)</p>"
+            f"{memory(cost['peak_memory_mb'])}, {text(str(cost['device']))} "
+            f"({text(str(cost['cpu']))}, {cost['cores']} cores)</p>"
         )
     links = [("numbers", "metrics.json"), ("cost", "cost.json")]
     links += [("notebook", path.name) for path in sorted(folder.glob("*.ipynb"))]
     shown = [
-        f'<a href="{html.escape(slug)}/{html.escape(name)}">{label} '
+        f'<a href="{slug}/{text(file)}">{label} '
         f'<span class="hidden">({title})</span></a>'
-        for label, name in links
-        if (folder / name).is_file()
+        for label, file in links
+        if (folder / file).is_file()
     ]
     parts.append(f'<p class="small">{" · ".join(shown)}</p></div>')
     return "<li>" + "\n".join(parts) + "</li>"
@@ -152,6 +119,7 @@ def _page(profile: str, cards: list[str]) -> str:
     warning = ""
     if not table.get("evidence", True):
         warning = '<p class="note">Numbers of this profile are not evidence.</p>'
+    style = Path(__file__).with_name("index.css").read_text(encoding="utf-8")
     listing = "\n".join(cards) or "<li class='text'>No lesson has been run yet.</li>"
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -159,10 +127,8 @@ def _page(profile: str, cards: list[str]) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>The course, {profile} profile</title>
-<style>{STYLE}
-.hidden {{ position: absolute; width: 1px; height: 1px; overflow: hidden;
-  clip-path: inset(50%); white-space: nowrap; }}
-</style>
+<style>
+{style}</style>
 </head>
 <body>
 <header>

@@ -15,19 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medtut import machine
 from medtut.course import engine, nbfile
 from medtut.course.catalog import environment, notebooks_dir
 from medtut.course.files import (
     check_cache,
     check_writable,
-    read_json,
     replace_folder,
     repository_root,
-    write_json,
-    write_text,
 )
 from medtut.course.plan import Plan, chosen, make_plan
 from medtut.course.profiles import choose_profile, profile_table
+from medtut.course.render import to_html
+from medtut.course.report import memory, minutes, write_index
+from medtut.files import read_json, write_json, write_text
 
 
 @dataclass
@@ -112,9 +113,12 @@ def run_lessons(
     from rich.console import Console
 
     console = console or Console(stderr=True)
-    with environment(
-        **({"MEDTUT_NOTEBOOKS": str(notebooks_dir(notebooks))} if notebooks else {})
-    ):
+    folders = {}
+    if notebooks:
+        folders["MEDTUT_NOTEBOOKS"] = str(notebooks_dir(notebooks))
+    if data is not None:
+        folders["MEDTUT_DATA"] = str(Path(data).resolve())
+    with environment(**folders):
         name = choose_profile(None) if profile is None else profile
         with environment(MEDTUT_PROFILE=name):
             name = choose_profile(None)
@@ -125,13 +129,8 @@ def run_lessons(
                 make_plan(lesson, name, given, data, base / name, solve, inject)
                 for lesson in chosen(lessons, notebooks)
             ]
-            runs = []
-            for plan in plans:
-                limit = timeout or profile_table()[name]["cell_timeout"]
-                with _data(data):
-                    runs.append(_run(plan, limit, solve, progress, console))
-            from medtut.course.report import write_index
-
+            limit = timeout or profile_table()[name]["cell_timeout"]
+            runs = [_run(plan, limit, solve, progress, console) for plan in plans]
             index = write_index(base / name, name)
             if record_costs:
                 record(runs, name)
@@ -151,19 +150,10 @@ def record(runs: Sequence[LessonRun], profile: str, file: Path | None = None) ->
     return write_json(file, {slug: costs[slug] for slug in sorted(costs)})
 
 
-@contextlib.contextmanager
-def _data(data: str | Path | None) -> Iterator[None]:
-    if data is None:
-        yield
-        return
-    with environment(MEDTUT_DATA=str(Path(data).resolve())):
-        yield
-
-
 def _run(
     plan: Plan, timeout: float, solve: bool, progress: bool, console: Any
 ) -> LessonRun:
-    work = _workplace(plan)
+    work, slug = _workplace(plan), plan.lesson.slug
     source = work / "input.partial.ipynb"
     target = work / plan.lesson.path.name
     nbfile.write_notebook(plan.nb, source)
@@ -184,54 +174,34 @@ def _run(
     cost = _cost(plan, done, work)
     write_json(work / "cost.json", cost)
     if done.nb is not None:
-        shown = f"build/{plan.settings.profile}/{plan.lesson.slug}"
+        shown = f"build/{plan.settings.profile}/{slug}"
         hide = {str(work): shown, str(repository_root()): ".", str(Path.home()): "~"}
         nbfile.clean(done.nb, {k: v for k, v in hide.items() if len(k) > 1})
         nbfile.write_notebook(done.nb, target)
+    said = f"{slug} ({plan.settings.profile})"
     if errors:
-        return _failed(plan, errors, cost, work, target, done.nb, console)
-    from medtut.course.render import to_html
-
+        say = [f"{said} FAILED", *errors]
+        if target.is_file():
+            say.append(f"The notebook as far as it came: {target}")
+        if plan.folder.is_dir():
+            say.append(f"The result of an earlier run is left as it was: {plan.folder}")
+        for line in say:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        return LessonRun(slug, False, work, errors, cost, done.nb)
     write_text(target.with_suffix(".html"), to_html(done.nb, cost["title"]))
     (work / "run.json").unlink(missing_ok=True)
     replace_folder(work, plan.folder)
-    from medtut.course.report import memory, minutes
-
-    console.print(
-        f"{plan.lesson.slug} ({plan.settings.profile}): "
-        f"{minutes(cost['seconds'])}, {memory(cost['peak_memory_mb'])}"
-    )
-    return LessonRun(plan.lesson.slug, True, plan.folder, [], cost, done.nb)
-
-
-def _failed(
-    plan: Plan,
-    errors: list[str],
-    cost: dict[str, Any],
-    work: Path,
-    target: Path,
-    nb: Any,
-    console: Any,
-) -> LessonRun:
-    say = [f"{plan.lesson.slug} ({plan.settings.profile}) FAILED", *errors]
-    if target.is_file():
-        say.append(f"The notebook as far as it came: {target}")
-    if plan.folder.is_dir():
-        say.append(f"The result of an earlier run is left as it was: {plan.folder}")
-    for line in say:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return LessonRun(plan.lesson.slug, False, work, errors, cost, nb)
+    used = f"{minutes(cost['seconds'])}, {memory(cost['peak_memory_mb'])}"
+    console.print(f"{said}: {used}")
+    return LessonRun(slug, True, plan.folder, [], cost, done.nb)
 
 
 def _workplace(plan: Plan) -> Path:
     """Return the ``.partial`` folder; one left by the same run is gone on with."""
     work = plan.folder.with_name(plan.folder.name + ".partial")
     text = "\n".join(cell.source for cell in plan.nb.cells)
-    settings = plan.settings.model_dump(mode="json")
-    key = {
-        "settings": settings,
-        "notebook": hashlib.sha256(text.encode("utf-8")).hexdigest(),
-    }
+    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    key = {"settings": plan.settings.model_dump(mode="json"), "notebook": digest}
     if work.exists() and read_json(work / "run.json") != key:
         shutil.rmtree(work, ignore_errors=True)
     check_writable(work)
@@ -248,22 +218,15 @@ def _errors(plan: Plan, done: engine.Execution, work: Path, solve: bool) -> list
         found.insert(0, str(nbfile.error_at(done.nb, done.cell, done.error)))
     if found:
         return found
-    skipped = nbfile.not_executed(done.nb) if done.nb else []
-    if skipped:
+    if skipped := nbfile.not_executed(done.nb) if done.nb else []:
         return [f"cell {index + 1} was not run" for index in skipped]
-    result = read_json(work / "metrics.json", {})
-    if result.get("status") != "complete":
+    if read_json(work / "metrics.json", {}).get("status") != "complete":
         return ["the notebook never called lesson.finish()"]
-    if solve:
-        return _unsolved(plan, done.nb)
-    return []
-
-
-def _unsolved(plan: Plan, nb: Any) -> list[str]:
-    """Name exercises whose check says anything but "correct" of the solution."""
+    if not solve:
+        return []
     from medtut.course.exercises import outcomes_in
 
-    said = outcomes_in(nb)
+    said = outcomes_in(done.nb)
     return [
         f"exercise {name}: its solution is {said.get(name, 'never checked')}, "
         "not correct"
@@ -272,30 +235,24 @@ def _unsolved(plan: Plan, nb: Any) -> list[str]:
     ]
 
 
-def _cost(plan: Plan, done: engine.Execution, work: Path) -> dict[str, Any]:
-    from medtut.course import machine
+def _heading(cell: Any, level: str = "#+") -> str:
+    """Return the first heading in a Markdown cell, "" if there is none."""
+    match = re.search(rf"^{level}\s+(.+)$", cell.source, re.MULTILINE)
+    return match[1].strip() if match and cell.cell_type == "markdown" else ""
 
+
+def _cost(plan: Plan, done: engine.Execution, work: Path) -> dict[str, Any]:
     result = read_json(work / "metrics.json", {})
     here = {**machine.describe_machine(), **result.get("machine", {})}
     inside = float(result.get("peak_memory_mb", 0.0))
-    title = next(
-        (
-            match.group(1).strip()
-            for cell in plan.nb.cells
-            if cell.cell_type == "markdown"
-            and (match := re.search(r"^#\s+(.+)$", cell.source, re.MULTILINE))
-        ),
-        plan.lesson.slug,
-    )
+    titles = filter(None, (_heading(cell, "#") for cell in plan.nb.cells))
     return {
         "lesson": plan.lesson.slug,
-        "title": title,
+        "title": next(titles, plan.lesson.slug),
         "profile": plan.settings.profile,
         "seconds": round(done.seconds, 1),
         "peak_memory_mb": round(max(done.peak_mb, inside), 1),
-        "device": here["device"],
-        "cpu": here["cpu"],
-        "cores": here["cores"],
+        **{key: here[key] for key in ("device", "cpu", "cores")},
         "torch": machine.versions().get("torch"),
         "cells": done.cell_seconds,
     }
@@ -308,30 +265,23 @@ def _bar(plan: Plan, progress: bool, console: Any) -> Iterator[Any]:
         console.print(f"{plan.lesson.slug} ({plan.settings.profile}): {total} cells")
         yield None
         return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-    )
+    from rich import progress as show
 
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("cells"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[heading]}", markup=False),
+        show.TextColumn("{task.description}", markup=False),
+        show.BarColumn(),
+        show.MofNCompleteColumn(),
+        show.TextColumn("cells"),
+        show.TimeElapsedColumn(),
+        show.TextColumn("{task.fields[heading]}", markup=False),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with show.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(plan.lesson.slug, total=total, heading="")
 
         def on_cell(index: int, cell: Any) -> None:
-            fields = {}
-            if cell.cell_type == "markdown":
-                match = re.search(r"^#+\s+(.+)$", cell.source, re.MULTILINE)
-                fields = {"heading": match.group(1)[:40]} if match else {}
-            bar.update(task, completed=index, **fields)
+            heading = _heading(cell)[:40]
+            bar.update(
+                task, completed=index, **({"heading": heading} if heading else {})
+            )
 
         yield on_cell

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medtut.course.files import read_json, repository_root, write_bytes, write_text
+from medtut.course.files import repository_root
+from medtut.course.report import lookup
 from medtut.errors import MedtutError
+from medtut.files import read_json, write_bytes, write_text
 
 PLACE = re.compile(r"\{\{ *(?P<key>[\w.]+) *: *(?P<form>[^{}\s]+) *\}\}")
 IMAGE = re.compile(r"!\[(?P<alt>[^\]]*)\]\((?P<to>[^)\s]+)\)")
@@ -74,9 +76,7 @@ def fill_numbers(deck: str, metrics: dict[str, Any], name: str = "deck") -> str:
     """
 
     def number(match: re.Match[str]) -> str:
-        value: Any = metrics
-        for part in match["key"].split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+        value = lookup(metrics, match["key"])
         if value is None:
             raise MedtutError(f"{name}: the lesson has recorded no {match['key']!r}")
         try:

@@ -6,6 +6,7 @@ quick notebook trains a little live and draws the full comparison from these fil
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import sys
@@ -14,15 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medtut.course import machine
+from medtut import machine
 from medtut.course.catalog import environment
-from medtut.course.files import (
-    check_cache,
-    check_writable,
-    read_json,
-    repository_root,
-    write_json,
-)
+from medtut.course.files import check_cache, check_writable, repository_root
 from medtut.course.lesson import _plain
 from medtut.course.profiles import (
     SettingsError,
@@ -32,6 +27,7 @@ from medtut.course.profiles import (
     resolve,
 )
 from medtut.errors import MedtutError
+from medtut.files import read_json, write_json
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -110,41 +106,25 @@ def run_sweep(
                 f"lesson {slug} has no arm {arm!r}{_did_you_mean(arm, known)}; the "
                 f"arms are {', '.join(known)}"
             )
-    chosen = list(arms or known)
+    chosen, cohort = list(arms or known), getattr(module, "COHORT_VERSION", None)
     folder = Path(out) if out else _folder(slug)
     with environment(MEDTUT_PROFILE=profile or choose_profile()):
-        todo = [
-            (
-                arm,
-                seed,
-                resolve(slug, None, {**(overrides or {}), **known[arm], "seed": s}),
-            )
-            for seed in seeds
-            for arm in chosen
-            for s in [seed]
-        ]
-        cohort = getattr(module, "COHORT_VERSION", None)
-        stored = {}
-        for arm, seed, settings in todo:
+        todo = []
+        for seed, arm in itertools.product(seeds, chosen):
+            given = {**(overrides or {}), **known[arm], "seed": seed}
+            settings = resolve(slug, None, given)
             path = folder / arm / f"seed{seed}.json"
-            old = read_json(path)
-            if path.exists() and not force:
-                _refuse_other(path, old, _settings(settings), cohort)
-            if old and (old["settings"], old["cohort"]) == (
-                _settings(settings),
-                cohort,
-            ):
-                stored[arm, seed] = old
+            stored = _stored(path, settings.stored(), cohort, force)
+            todo.append((arm, seed, settings, path, stored))
         check_cache()
         check_writable(folder)
         results = []
-        for arm, seed, settings in todo:
-            if (arm, seed) in stored:
-                results.append(stored[arm, seed])
+        for arm, seed, settings, path, stored in todo:
+            if stored:
                 console.print(f"{slug} {arm} seed {seed}: stored", highlight=False)
-                continue
-            path = folder / arm / f"seed{seed}.json"
-            results.append(_one(module, slug, arm, seed, settings, path, console))
+            results.append(
+                stored or _one(module, slug, arm, seed, settings, path, console)
+            )
     return results
 
 
@@ -191,29 +171,29 @@ def _folder(slug: str) -> Path:
     return repository_root() / "benchmarks" / "sweeps" / Path(slug)
 
 
-def _settings(settings: Any) -> dict[str, Any]:
-    """Return settings as they are stored: JSON types, no folders of one machine."""
-    values = settings.model_dump(mode="json")
-    values.pop("out")
-    values["data"] = "own data" if values["data"] else None
-    return values
-
-
-def _refuse_other(path: Path, old: Any, settings: dict[str, Any], cohort: Any) -> None:
-    if not isinstance(old, dict) or not {"settings", "cohort"} <= set(old):
-        raise SettingsError(f"{path} is not a stored run; --force overwrites it")
-    before = {**old["settings"], "cohort version": old["cohort"]}
-    now = {**settings, "cohort version": cohort}
-    differ = [
-        f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    if differ:
-        raise SettingsError(
-            f"{path} was made with other settings ({'; '.join(differ)}); --force makes "
-            "it again, --out puts the new runs elsewhere"
-        )
+def _stored(
+    path: Path, settings: dict[str, Any], cohort: Any, force: bool
+) -> dict[str, Any] | None:
+    """Return the run a file holds, None if there is none or it is to be made again."""
+    if not path.exists():
+        return None
+    old, why = read_json(path), "is not a stored run"
+    if isinstance(old, dict) and {"settings", "cohort"} <= set(old):
+        before = {**old["settings"], "cohort version": old["cohort"]}
+        now = {**settings, "cohort version": cohort}
+        differ = [
+            f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if not differ:
+            return old
+        why = f"was made with other settings ({'; '.join(differ)})"
+    if force:
+        return None
+    raise SettingsError(
+        f"{path} {why}; --force makes it again, --out puts the new runs elsewhere"
+    )
 
 
 def _one(
@@ -238,7 +218,7 @@ def _one(
         "lesson": slug,
         "arm": arm,
         "seed": seed,
-        "settings": _settings(settings),
+        "settings": settings.stored(),
         "cohort": getattr(module, "COHORT_VERSION", None),
         "metrics": metrics,
         "seconds": seconds,

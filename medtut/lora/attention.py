@@ -114,18 +114,15 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Same arguments, shapes and results as ``nn.MultiheadAttention``."""
+        options = {
+            "key_padding_mask": key_padding_mask,
+            "need_weights": need_weights,
+            "attn_mask": attn_mask,
+            "average_attn_weights": average_attn_weights,
+            "is_causal": is_causal,
+        }
         if self._pristine:
-            return nn.MultiheadAttention.forward(
-                self,
-                query,
-                key,
-                value,
-                key_padding_mask=key_padding_mask,
-                need_weights=need_weights,
-                attn_mask=attn_mask,
-                average_attn_weights=average_attn_weights,
-                is_causal=is_causal,
-            )
+            return nn.MultiheadAttention.forward(self, query, key, value, **options)
         turned = self.batch_first and query.dim() == 3
         if turned:
             # The same tensor stays the same object: the function then projects it once.
@@ -147,14 +144,10 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             self._w("out_proj.weight"),
             self.out_proj.bias,
             training=self.training,
-            key_padding_mask=key_padding_mask,
-            need_weights=need_weights,
-            attn_mask=attn_mask,
             use_separate_proj_weight=not fused,
             q_proj_weight=None if fused else self._w("q_proj_weight"),
             k_proj_weight=None if fused else self._w("k_proj_weight"),
             v_proj_weight=None if fused else self._w("v_proj_weight"),
-            average_attn_weights=average_attn_weights,
-            is_causal=is_causal,
+            **options,
         )
         return (out.transpose(0, 1) if turned else out), weights

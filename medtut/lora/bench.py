@@ -8,12 +8,9 @@ load on the machine hits all of them alike. Memory is the peak of one process pe
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import math
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,8 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medtut.errors import MedtutError
+from medtut.files import write_json, write_text
 from medtut.lora.inject import LoRAConfig, inject, merge, replace_modules
 from medtut.lora.roles import scan
+from medtut.machine import describe_machine, peak_memory, versions
 
 ARMS = ("full", "medtut", "peft", "loralib rule")
 R, ALPHA = 8, 16.0
@@ -39,11 +38,8 @@ class LoralibRule(nn.Module):
 
     def __init__(self, base: nn.Linear, r: int, alpha: float) -> None:
         super().__init__()
-        self.base, self.scale, self.merged = (
-            base.requires_grad_(False),
-            alpha / r,
-            False,
-        )
+        self.base = base.requires_grad_(False)
+        self.scale, self.merged = alpha / r, False
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -66,6 +62,7 @@ class LoralibRule(nn.Module):
 
 def _swin(seed: int) -> nn.Module:
     try:
+        import peft  # noqa: F401  needed later: say so before anything is measured
         from transformers import SwinConfig, SwinForImageClassification
     except ImportError as error:
         raise MedtutError(
@@ -91,12 +88,8 @@ def build(arm: str, seed: int = 0) -> nn.Module:
         chosen = [c for c in scan(model) if c.roles & {"query", "value"}]
         model.requires_grad_(False)
         if arm == "peft":
-            try:
-                import peft
-            except ImportError as error:
-                raise MedtutError(
-                    "the benchmark needs peft: pip install peft"
-                ) from error
+            import peft
+
             names = [c.name for c in chosen]
             config = peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=names)
             model = peft.get_peft_model(model, config)
@@ -142,50 +135,30 @@ def _take_turns(
     return times
 
 
-def peak_memory_mb() -> float:
-    """Largest resident size of this process so far, in MB (10^6 bytes)."""
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset / 1e6
-    try:
-        # Not ru_maxrss, which on Linux a child takes over from its parent.
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        line = next(s for s in status.splitlines() if s.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024 / 1e6
-    except (OSError, StopIteration):
-        pass
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
-
-
 def _memory_of(arm: str, batch: int, size: int, threads: int, seed: int) -> dict:
     """Peak memory of an arm in a process of its own: before, and over two steps."""
-    numbers = ["--batch", batch, "--size", size, "--threads", threads, "--seed", seed]
-    command = [sys.executable, "-m", "medtut.lora.bench", "--arm", arm]
-    result = subprocess.run(
-        [*command, *map(str, numbers)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        check=False,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    code = (
+        "import json, torch; from medtut.lora import bench; "
+        f"torch.set_num_threads({threads}); "
+        f"print(json.dumps(bench._measure_memory({arm!r}, {batch}, {size}, {seed})))"
     )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True)
     if result.returncode:
-        tail = result.stderr.strip().splitlines()[-1:]
+        tail = result.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise MedtutError(f"the memory run of {arm} failed: {' '.join(tail)}")
-    return json.loads(result.stdout.strip().splitlines()[-1])
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def _measure_memory(arm: str, batch: int, size: int, seed: int) -> dict[str, float]:
     model = build(arm, seed)
-    built = peak_memory_mb()
+    built = peak_memory()
     step = _stepper(model, *_batch(batch, size, seed))
     for _ in range(2):
         step()
-    return {"built_mb": round(built, 1), "peak_mb": round(peak_memory_mb(), 1)}
+    return {
+        "built_mb": round(built / 1e6, 1),
+        "peak_mb": round(peak_memory() / 1e6, 1),
+    }
 
 
 def _batch(batch: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -194,24 +167,8 @@ def _batch(batch: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     return x, torch.arange(batch) % 2
 
 
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        line = next(s for s in text.splitlines() if s.startswith("model name"))
-        return line.split(":", 1)[1].strip()
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on; nothing that names a host or a user."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+def _medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: round(statistics.median(v), 4) for name, v in times.items()}
 
 
 def _paired(times: dict[str, list[float]], a: str, b: str) -> float:
@@ -274,8 +231,8 @@ def run_bench(
         infer_times = _take_turns(_inference_jobs(x, seed), steps, warmup)
     finally:
         torch.set_num_threads(before)
-    to_peft = _paired(step_times, "medtut", "peft")
-    to_base = _paired(infer_times, "merged", "base")
+    to_peft = {arm: round(_paired(step_times, arm, "peft"), 4) for arm in step_times}
+    to_base = {k: round(_paired(infer_times, k, "base"), 4) for k in infer_times}
     result = {
         "settings": {
             "model": "Swin-Tiny, random weights",
@@ -286,23 +243,21 @@ def run_bench(
             "rounds": steps,
             "optimizer": "AdamW",
         },
-        "machine": machine(),
-        "step_cpu_s": {
-            k: round(statistics.median(v), 4) for k, v in step_times.items()
+        "machine": {
+            **{k: describe_machine()[k] for k in ("cpu", "cores", "system")},
+            **{k: versions()[k] for k in ("python", "torch")},
         },
-        "step_ratio_to_peft": {
-            arm: round(_paired(step_times, arm, "peft"), 4) for arm in ARMS
-        },
-        "inference_cpu_s": {
-            k: round(statistics.median(v), 4) for k, v in infer_times.items()
-        },
-        "inference_ratio_to_base": {
-            k: round(_paired(infer_times, k, "base"), 4) for k in infer_times
-        },
+        "step_cpu_s": _medians(step_times),
+        "step_ratio_to_peft": to_peft,
+        "inference_cpu_s": _medians(infer_times),
+        "inference_ratio_to_base": to_base,
         "memory": peaks,
         "targets": {
-            "step at most 1.00 of peft": to_peft <= 1.0,
-            "merged inference within 3 % of base": abs(to_base - 1) <= 0.03,
+            "step at most 1.00 of peft": _paired(step_times, "medtut", "peft") <= 1,
+            "merged inference within 3 % of base": abs(
+                _paired(infer_times, "merged", "base") - 1
+            )
+            <= 0.03,
         },
     }
     _save(Path(out), result)
@@ -356,30 +311,5 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 
 def _save(out: Path, result: dict[str, Any]) -> None:
-    texts = {
-        "lora_swin.json": json.dumps(result, indent=1, ensure_ascii=False) + "\n",
-        "lora_swin.md": to_markdown(result),
-    }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            temporary = out / f".{name}.{os.getpid()}"
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, out / name)
-    except OSError as error:
-        raise MedtutError(f"cannot write the results to {out}: {error}") from error
-
-
-def _main() -> None:
-    """One memory run: ``python -m medtut.lora.bench --arm NAME``."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--arm", choices=ARMS, required=True)
-    for name, value in (("batch", 2), ("size", 224), ("threads", 1), ("seed", 0)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    a = parser.parse_args()
-    torch.set_num_threads(a.threads)
-    print(json.dumps(_measure_memory(a.arm, a.batch, a.size, a.seed)))
-
-
-if __name__ == "__main__":
-    _main()
+    write_json(out / "lora_swin.json", result)
+    write_text(out / "lora_swin.md", to_markdown(result))

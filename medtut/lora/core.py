@@ -62,29 +62,20 @@ class AdapterSpec:
 
     def __post_init__(self) -> None:
         check_rank(self.r)
-        number = isinstance(self.alpha, (int, float)) and not isinstance(
-            self.alpha, bool
-        )
-        if not number or not math.isfinite(self.alpha) or self.alpha <= 0:
+        if not _is_number(self.alpha) or not 0 < self.alpha < math.inf:
             raise LoRAError(
                 f"alpha must be a number above 0, not {self.alpha!r}: with 0 the "
                 "adapter changes nothing. alpha = r or alpha = 2 r are usual."
             )
-        number = isinstance(self.dropout, (int, float)) and not isinstance(
-            self.dropout, bool
-        )
-        if not number or not 0 <= self.dropout < 1:
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise LoRAError(
                 f"dropout must lie in [0, 1), not {self.dropout!r}; 0 switches it off."
             )
-        if self.scaling not in SCALINGS:
-            raise LoRAError(
-                f"unknown scaling {self.scaling!r}; use one of {', '.join(SCALINGS)}."
-            )
-        if self.variant not in VARIANTS:
-            raise LoRAError(
-                f"unknown variant {self.variant!r}; use one of {', '.join(VARIANTS)}."
-            )
+        for what, known in (("scaling", SCALINGS), ("variant", VARIANTS)):
+            if (value := getattr(self, what)) not in known:
+                raise LoRAError(
+                    f"unknown {what} {value!r}; use one of {', '.join(known)}."
+                )
 
     @property
     def scale(self) -> float:
@@ -92,6 +83,10 @@ class AdapterSpec:
         if self.scaling == "none":
             return 1.0
         return self.alpha / (self.r if self.scaling == "alpha/r" else math.sqrt(self.r))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_rank(r: object, where: str = "r") -> None:
@@ -124,6 +119,22 @@ class Slot:
     A0: Tensor | None = None
     B0: Tensor | None = None
     magnitude: Tensor | None = None
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(A, B) with ``delta = scale * B @ A``, exact for PiSSA too."""
+        if self.A0 is None or self.B0 is None:
+            return self.A, self.B
+        return torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], dim=1)
+
+    def take(self, table: Tensor) -> Tensor:
+        """This slot's rows of a table that has one for every output."""
+        if self.rows is None:
+            return table
+        return table.index_select(0, self.rows.to(table.device))
+
+    def put(self, table: Tensor, rows: Tensor) -> Tensor:
+        """The table with this slot's rows replaced."""
+        return rows if self.rows is None else table.index_copy(0, self.rows, rows)
 
 
 def row_ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
@@ -172,7 +183,7 @@ class LoRALayer(nn.Module):
         b_shape: tuple[int, ...],
         check: bool = True,
     ) -> None:
-        weight = self._weight(target)
+        weight = self.get_parameter(target)
         r = self.spec.r
         most = min(b_shape[0], math.prod(a_shape[1:]))
         if check and r > most:
@@ -224,26 +235,15 @@ class LoRALayer(nn.Module):
 
     def slots(self) -> list[Slot]:
         """The low-rank updates of this layer, in the order of ``parts``."""
+        kinds = ("rows", "A", "B", "A0", "B0", "magnitude")
         return [
-            Slot(
-                part,
-                self._targets[part],
-                getattr(self, name("rows", part), None),
-                getattr(self, name("A", part)),
-                getattr(self, name("B", part)),
-                getattr(self, name("A0", part), None),
-                getattr(self, name("B0", part), None),
-                getattr(self, name("magnitude", part), None),
-            )
-            for part in self.parts
+            Slot(part, target, *(getattr(self, name(k, part), None) for k in kinds))
+            for part, target in self._targets.items()
         ]
 
     def targets(self) -> list[str]:
         """Names, inside this layer, of the weights that are adapted."""
         return list(dict.fromkeys(self._targets.values()))
-
-    def _weight(self, target: str) -> nn.Parameter:
-        return self.get_parameter(target)
 
     def _set_weight(self, target: str, value: nn.Parameter) -> None:
         owner, _, last = target.rpartition(".")
@@ -251,7 +251,7 @@ class LoRALayer(nn.Module):
 
     def base_weight(self, target: str) -> Tensor:
         """The weight as it was before adaptation, merged or not."""
-        return self._pristine.get(target, self._weight(target))
+        return self._pristine.get(target, self.get_parameter(target))
 
     # -- the update as a matrix ------------------------------------------------
     def _low_rank(self, slot: Slot) -> Tensor:
@@ -261,23 +261,20 @@ class LoRALayer(nn.Module):
             update = update - slot.B0.flatten(1) @ slot.A0.flatten(1)
         return self.spec.scale * update
 
+    def _slots_of(self, target: str) -> list[Slot]:
+        return [slot for slot in self.slots() if slot.target == target]
+
     def effective_weight(self, target: str) -> Tensor:
         """Base weight plus update, differentiable, in the factors' dtype."""
-        base = self.base_weight(target)
-        out = None
-        for slot in self.slots():
-            if slot.target != target:
-                continue
-            if out is None:
-                out = base.detach().to(slot.A.dtype).flatten(1)
-            rows = out if slot.rows is None else out.index_select(0, slot.rows)
-            rows = rows + self._low_rank(slot)
+        base, slots = self.base_weight(target), self._slots_of(target)
+        out = base.detach().to(slots[0].A.dtype).flatten(1)
+        for slot in slots:
+            rows = slot.take(out) + self._low_rank(slot)
             if slot.magnitude is not None:
                 # The norm is a constant for the gradient (DoRA, section 4.3).
                 norm = rows.detach().norm(dim=1)
                 rows = rows * row_ratio(slot.magnitude, norm)[:, None]
-            out = rows if slot.rows is None else out.index_copy(0, slot.rows, rows)
-        assert out is not None, target
+            out = slot.put(out, rows)
         return out.reshape(base.shape)
 
     @torch.no_grad()
@@ -287,17 +284,10 @@ class LoRALayer(nn.Module):
         if self.spec.variant == "dora":
             return after - self.base_weight(target).to(after.dtype)
         # Not as a difference: that would lose the digits that matter.
-        base = self.base_weight(target)
         out = torch.zeros_like(after).flatten(1)
-        for slot in self.slots():
-            if slot.target == target:
-                update = self._low_rank(slot)
-                out = (
-                    update
-                    if slot.rows is None
-                    else out.index_copy(0, slot.rows, update)
-                )
-        return out.reshape(base.shape)
+        for slot in self._slots_of(target):
+            out = slot.put(out, self._low_rank(slot))
+        return out.reshape(after.shape)
 
     def deltas(self) -> dict[str, Tensor]:
         """Change of every adapted weight, by its name inside the layer."""
@@ -315,7 +305,7 @@ class LoRALayer(nn.Module):
         if self.merged:
             return
         for target in self.targets():
-            base = self._weight(target)
+            base = self.get_parameter(target)
             value = self.effective_weight(target).to(base.dtype)
             self._pristine[target] = base
             self._set_weight(target, nn.Parameter(value, requires_grad=False))

@@ -21,8 +21,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
     for name, layer in adapted_layers(model).items():
         for target in layer.targets():
-            key = f"{name}.{target}" if name else target
-            tensors[key] = layer.base_weight(target)
+            tensors[f"{name}.{target}".lstrip(".")] = layer.base_weight(target)
     return tensors
 
 
@@ -40,11 +39,8 @@ def tensor_hash(tensor: Tensor) -> str:
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """Hash of every frozen base parameter, by name."""
-    return {n: tensor_hash(t) for n, t in _frozen(model).items()}
-
-
-def _frozen(model: nn.Module) -> dict[str, Tensor]:
-    return {n: t for n, t in base_tensors(model).items() if not t.requires_grad}
+    frozen = (item for item in base_tensors(model).items() if not item[1].requires_grad)
+    return {name: tensor_hash(tensor) for name, tensor in frozen}
 
 
 def total(hashes: dict[str, str]) -> str:

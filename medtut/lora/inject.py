@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from torch import Tensor, nn
 
@@ -144,25 +144,18 @@ def make_layer(
     check: bool = True,
 ) -> LoRALayer:
     """The adapted form of one layer; ``order`` marks a fused projection."""
-    keys: dict[str, object] = {
-        "scaling": spec.scaling,
-        "dropout": spec.dropout,
-        "variant": spec.variant,
-        "_check": check,
-    }
+    keys: dict[str, object] = asdict(spec) | {"_check": check}
     kind: type[LoRALayer]
     if isinstance(base, nn.MultiheadAttention):
-        kind, keys["parts"] = LoRAMultiheadAttention, tuple(parts)
+        kind, keys["parts"] = LoRAMultiheadAttention, parts
     elif isinstance(base, nn.Linear) and order:
         kind = LoRAFusedLinear
-        keys |= {"parts": tuple(parts), "order": tuple(order)}
-        keys |= {"layout": layout, "heads": heads}
+        keys |= {"parts": parts, "order": order, "layout": layout, "heads": heads}
     elif isinstance(base, nn.Linear):
         kind = LoRALinear
     else:
-        convs = {3: LoRAConv1d, 4: LoRAConv2d, 5: LoRAConv3d}
-        kind = convs[base.weight.dim()]
-    return kind(base, spec.r, spec.alpha, **keys)
+        kind = (LoRAConv1d, LoRAConv2d, LoRAConv3d)[base.weight.dim() - 3]
+    return kind(base, **keys)
 
 
 def select(
@@ -202,17 +195,6 @@ def guard_fast_paths(model: nn.Module) -> None:
             module.register_forward_pre_hook(block_fast_path)
 
 
-def check_fresh(model: nn.Module) -> None:
-    """Refuse a model that has adapters already."""
-    there = adapted_layers(model)
-    if there or isinstance(model, LoRALayer):
-        first = next(iter(there), "") or "the model itself"
-        raise LoRAError(
-            f"this model already has adapters (first: {first}). Build a fresh model, "
-            "or call medtut.lora.eject(model) before injecting again."
-        )
-
-
 def inject(
     model: nn.Module, config: LoRAConfig | None = None, *, keep: Patterns = ()
 ) -> Injection:
@@ -237,16 +219,25 @@ def inject(
         has adapters, or if a rank does not fit. The model is then unchanged.
     """
     config = config or LoRAConfig()
-    check_fresh(model)
+    if isinstance(model, LoRALayer) or adapted_layers(model):
+        first = next(iter(adapted_layers(model)), "") or "the model itself"
+        raise LoRAError(
+            f"this model already has adapters (first: {first}). Build a fresh model, "
+            "or call medtut.lora.eject(model) before injecting again."
+        )
     candidates = scan(model)
     chosen = select(candidates, config)
     if not chosen:
-        what = f"pattern {config.pattern!r}" if config.pattern else "roles "
-        what += "" if config.pattern else ", ".join(config.roles)
-        root = "" if next(model.children(), None) else _bare(model)
+        what, kind = f"roles {', '.join(config.roles)}", type(model).__name__
+        if config.pattern:
+            what = f"pattern {config.pattern!r}"
+        bare = (
+            f"\nThe model is a single {kind}, which cannot be swapped in place: put it "
+            "into nn.Sequential, or use LoRALinear directly."
+        )
         raise LoRAError(
-            f"nothing to adapt: {what} match no layer of {type(model).__name__}. "
-            f"Adaptable layers by role:\n{describe(candidates)}{root}"
+            f"nothing to adapt: {what} match no layer of {kind}. Adaptable layers by "
+            f"role:\n{describe(candidates)}{'' if list(model.children()) else bare}"
         )
     for c, _ in chosen:
         if c.blocked:
@@ -258,10 +249,8 @@ def inject(
                 warnings.warn(f"no layer has the role {role!r}", stacklevel=2)
 
     trainable = {n: p.requires_grad for n, p in model.named_parameters()}
-    layers: dict[str, LoRALayer] = {}
     try:
-        for c, parts in chosen:
-            layers[c.name] = _build(model, c, parts, config)
+        layers = {c.name: _build(model, c, parts, config) for c, parts in chosen}
     except LoRAError:
         for n, p in model.named_parameters():
             p.requires_grad_(trainable[n])
@@ -272,13 +261,6 @@ def inject(
     replace_modules(model, {id(c.module): layers[c.name] for c, _ in chosen})
     guard_fast_paths(model)
     return Injection(layers, config)
-
-
-def _bare(model: nn.Module) -> str:
-    return (
-        f"\nThe model is a single {type(model).__name__}, which cannot be swapped in "
-        "place: put it into nn.Sequential, or use LoRALinear directly."
-    )
 
 
 def _build(

@@ -28,7 +28,6 @@ import json
 import math
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -38,18 +37,15 @@ import torch
 from torch import Tensor, nn
 
 from medtut.lora.attention import LoRAMultiheadAttention
-from medtut.lora.conv import _LoRAConv
+from medtut.lora.conv import _LoRAConv, block_diagonal
 from medtut.lora.core import LoRAError, LoRALayer
 from medtut.lora.fingerprint import fingerprint, total
 from medtut.lora.inject import _require, is_adapter
 from medtut.lora.layers import LoRAFusedLinear
 
 PREFIX = "base_model.model."
-WEIGHTS, CONFIG, BASE = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "medtut_base.json",
-)
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+BASE = "medtut_base.json"
 
 
 # -- our layers as peft tensors ------------------------------------------------
@@ -64,14 +60,11 @@ def _attention_tensors(layer: LoRAMultiheadAttention) -> dict[str, Tensor]:
     into: list[tuple[Tensor, Tensor]] = []
     outof: list[tuple[Tensor, Tensor]] = []
     for slot in layer.slots():
-        A, B = slot.A, slot.B
-        if slot.A0 is not None and slot.B0 is not None:
-            A, B = torch.cat([A, slot.A0]), torch.cat([B, -slot.B0], dim=1)
-        if slot.rows is None:
+        A, B = slot.pair()
+        if slot.part == "output":
             outof.append((A, B))
         else:
-            full = B.new_zeros(3 * d, B.shape[1]).index_copy(0, slot.rows, B)
-            into.append((A, full))
+            into.append((A, slot.put(B.new_zeros(3 * d, B.shape[1]), B)))
     rank = max(sum(len(A) for A, _ in pairs) for pairs in (into, outof))
 
     def stack(pairs: list[tuple[Tensor, Tensor]], rows: int) -> tuple[Tensor, Tensor]:
@@ -93,21 +86,12 @@ def peft_tensors(layer: LoRALayer) -> dict[str, Tensor]:
         return _attention_tensors(layer)
     A, B = layer.factors()
     if isinstance(layer, _LoRAConv) and layer.groups > 1:
-        g, width = layer.groups, A.shape[1]
-        wide = A.new_zeros(g, len(A), g * width, *A.shape[2:])
-        for i in range(g):
-            wide[i, :, i * width : (i + 1) * width] = A
-        A = wide.flatten(0, 1)
+        A = block_diagonal(A, layer.groups)
     tensors = {"lora_A.weight": A, "lora_B.weight": B}
     if layer.spec.variant == "dora":
-        weight = layer.base_weight("weight").to(A.dtype).flatten(1)
-        m = weight.norm(dim=1)
+        m = layer.base_weight("weight").to(A.dtype).flatten(1).norm(dim=1)
         for slot in layer.slots():
-            m = (
-                slot.magnitude
-                if slot.rows is None
-                else m.index_copy(0, slot.rows, slot.magnitude)
-            )
+            m = slot.put(m, slot.magnitude)
         if isinstance(layer, _LoRAConv):
             m = m.view(1, -1, *[1] * layer.dims)
         tensors["lora_magnitude_vector"] = m
@@ -168,18 +152,6 @@ def _layer_record(layer: LoRALayer) -> dict[str, object]:
 
 
 # -- saving --------------------------------------------------------------------
-def _write(path: Path, data: bytes) -> None:
-    """Write under a temporary name beside ``path``, then rename."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def save_adapter(
     model: nn.Module, folder: str | Path, *, extra: Iterable[str] = ()
 ) -> Path:
@@ -244,13 +216,18 @@ def save_adapter(
         "tensors": hashes,
     }
     config = _peft_config(layers, ranks, extra)
-    folder = Path(folder)
+    folder, files = Path(folder), {WEIGHTS: blob}
+    for file, content in ((CONFIG, config), (BASE, base)):
+        files[file] = json.dumps(content, indent=1, sort_keys=True).encode("utf-8")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / WEIGHTS, blob)
-        for file, content in ((CONFIG, config), (BASE, base)):
-            text = json.dumps(content, indent=1, sort_keys=True)
-            _write(folder / file, text.encode("utf-8"))
+        for file, data in files.items():
+            partial = folder / f".{file}.{os.getpid()}.partial"
+            try:
+                partial.write_bytes(data)
+                os.replace(partial, folder / file)
+            finally:
+                partial.unlink(missing_ok=True)
     except OSError as error:
         raise LoRAError(
             f"cannot write the adapter to {folder}: {error}. Choose another folder."

@@ -11,7 +11,101 @@ from torch import Tensor, nn
 from medtut.lora.core import AdapterSpec, LoRAError, LoRALayer, row_ratio
 
 
-class LoRALinear(LoRALayer, nn.Linear):
+class LowRankBranch(LoRALayer):
+    """A layer whose update runs beside the base: ``y = f(x, W) + s f(f(x, A), B) + b``.
+
+    A subclass says what ``f`` is: a linear map or a convolution over ``dims`` axes.
+    """
+
+    kind: type[nn.Module]  # what it wraps
+    dims = 0
+
+    def __init__(
+        self,
+        base: nn.Module,
+        r: int = 8,
+        alpha: float = 16.0,
+        *,
+        scaling: str = "alpha/r",
+        dropout: float = 0.0,
+        variant: str = "lora",
+        _check: bool = True,
+    ) -> None:
+        if not isinstance(base, self.kind):
+            raise LoRAError(
+                f"{type(self).__name__} wraps an nn.{self.kind.__name__}, not "
+                f"{type(base).__name__}"
+            )
+        self._adopt(base, AdapterSpec(r, alpha, scaling, dropout, variant))
+        out, *inside = self.weight.shape
+        shapes = (r, *inside), (out, r, *[1] * self.dims)
+        self._add_slot("all", "weight", None, *shapes, _check)
+
+    def _base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _branch(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """Unscaled low-rank branch."""
+        raise NotImplementedError
+
+    def _add_branch(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """Add the scaled branch into an output we own."""
+        return y.add_(self._branch(x, A, B), alpha=self.spec.scale)
+
+    @property
+    def A(self) -> Tensor:
+        """Down-projection, r first; the only one if there is one."""
+        return self.slots()[0].A
+
+    @property
+    def B(self) -> Tensor:
+        """Up-projection, (out, r) first; the only one if there is one."""
+        return self.slots()[0].B
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """One pair (A, B) with ``delta = scale * B @ A``, exact for every variant."""
+        if self.spec.variant != "pissa":
+            return self.lora_A, self.lora_B
+        return self.slots()[0].pair()
+
+    def _row_scale(self) -> Tensor:
+        """DoRA's ``m / ||W + s B A||`` per output, 1 where a row is not adapted."""
+        slots = self.slots()
+        scale = slots[0].magnitude.new_ones(len(self.weight))
+        for slot in slots:
+            with torch.no_grad():
+                base = slot.take(self.weight).to(slot.A.dtype).flatten(1)
+                norm = (base + self._low_rank(slot)).norm(dim=1)
+            scale = slot.put(scale, row_ratio(slot.magnitude, norm))
+        return scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input and output shapes are those of the base layer."""
+        if self._pristine:  # merged: nothing but the base layer
+            return self._base(x, self.weight, self.bias)
+        spec = self.spec
+        A, B = self.factors()
+        dora = spec.variant == "dora"
+        y = self._base(x, self.weight, None if dora else self.bias)
+        if spec.dropout and self.training:
+            x = F.dropout(x, spec.dropout)
+        if torch.is_autocast_enabled(x.device.type):
+            y = y + spec.scale * self._branch(x, A, B)
+        elif y.dtype == A.dtype:
+            y = self._add_branch(y, x, A, B)
+        else:
+            y = (y + spec.scale * self._branch(x.to(A.dtype), A, B)).to(y.dtype)
+        if dora:
+            dtype = y.dtype
+            column = (-1, *[1] * self.dims)  # one number per output, beside y
+            y = y * self._row_scale().view(column)
+            if self.bias is not None:
+                y = y + self.bias.view(column)
+            y = y.to(dtype)
+        return y
+
+
+class LoRALinear(LowRankBranch, nn.Linear):
     r"""A linear layer with a low-rank branch.
 
     ``y = W x + b + s B A dropout(x)`` with ``s`` from ``scaling``. DoRA gives
@@ -42,89 +136,21 @@ class LoRALinear(LoRALayer, nn.Linear):
         If a setting is out of range or r exceeds min(in, out).
     """
 
-    def __init__(
-        self,
-        base: nn.Linear,
-        r: int = 8,
-        alpha: float = 16.0,
-        *,
-        scaling: str = "alpha/r",
-        dropout: float = 0.0,
-        variant: str = "lora",
-        _check: bool = True,
-    ) -> None:
-        if not isinstance(base, nn.Linear):
-            raise LoRAError(f"LoRALinear wraps an nn.Linear, not {type(base).__name__}")
-        self._adopt(base, AdapterSpec(r, alpha, scaling, dropout, variant))
-        self._make_slots(_check)
+    kind = nn.Linear
 
-    def _make_slots(self, check: bool) -> None:
-        r = self.spec.r
-        self._add_slot(
-            "all",
-            "weight",
-            None,
-            (r, self.in_features),
-            (self.out_features, r),
-            check,
-        )
+    def _base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
 
-    @property
-    def A(self) -> Tensor:
-        """(r, in) down-projection; the only one if there is one."""
-        return self.slots()[0].A
+    def _branch(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.linear(F.linear(x, A), B)
 
-    @property
-    def B(self) -> Tensor:
-        """(out, r) up-projection; the only one if there is one."""
-        return self.slots()[0].B
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """One pair (A, B) with ``delta = scale * B @ A``, exact for every variant."""
-        if self.spec.variant != "pissa":
-            return self.lora_A, self.lora_B
-        A = torch.cat([self.lora_A, self.lora_A0])
-        return A, torch.cat([self.lora_B, -self.lora_B0], dim=1)
-
-    def _row_scale(self) -> Tensor:
-        """DoRA's ``m / ||W + s B A||`` per output, 1 where a row is not adapted."""
-        scale = None
-        for slot in self.slots():
-            with torch.no_grad():
-                base = self._rows_of(self.weight, slot.rows).to(slot.A.dtype)
-                norm = (base + self._low_rank(slot)).norm(dim=1)
-            part = row_ratio(slot.magnitude, norm)
-            if slot.rows is None:
-                return part
-            if scale is None:
-                scale = part.new_ones(self.out_features)
-            scale = scale.index_copy(0, slot.rows, part)
-        assert scale is not None
-        return scale
+    def _add_branch(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        # One fused multiply-add into the output we already own.
+        return y.addmm_(F.linear(x, A), B.t(), alpha=self.spec.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if self._pristine:  # merged: nothing but the base layer
-            return F.linear(x, self.weight, self.bias)
-        spec = self.spec
-        A, B = self.factors()
-        dora = spec.variant == "dora"
-        rows = x.reshape(-1, self.in_features)
-        y = F.linear(rows, self.weight, None if dora else self.bias)
-        if spec.dropout and self.training:
-            rows = F.dropout(rows, spec.dropout)
-        if y.dtype == A.dtype and not torch.is_autocast_enabled(x.device.type):
-            # One fused multiply-add into the output we already own.
-            y = y.addmm_(F.linear(rows, A), B.t(), alpha=spec.scale)
-        elif torch.is_autocast_enabled(x.device.type):
-            y = y + spec.scale * F.linear(F.linear(rows, A), B)
-        else:
-            branch = spec.scale * F.linear(F.linear(rows.to(A.dtype), A), B)
-            y = (y + branch).to(y.dtype)
-        if dora:
-            dtype = y.dtype
-            y = y * self._row_scale()
-            y = (y if self.bias is None else y + self.bias).to(dtype)
+        y = super().forward(x.reshape(-1, self.in_features))
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -186,13 +212,9 @@ class LoRAFusedLinear(LoRALinear):
         """A (R, in) stacked, B (out, R) with each part's block in its own rows."""
         As, Bs = [], []
         for slot in self.slots():
-            A, B = slot.A, slot.B
-            if slot.A0 is not None and slot.B0 is not None:
-                A = torch.cat([A, slot.A0])
-                B = torch.cat([B, -slot.B0], dim=1)
-            empty = B.new_zeros(self.out_features, B.shape[1])
+            A, B = slot.pair()
             As.append(A)
-            Bs.append(empty.index_copy(0, slot.rows, B))
+            Bs.append(slot.put(B.new_zeros(self.out_features, B.shape[1]), B))
         return torch.cat(As), torch.cat(Bs, dim=1)
 
 

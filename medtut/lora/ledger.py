@@ -56,29 +56,17 @@ class Ledger:
 
     def to_dict(self) -> dict[str, dict[str, int]]:
         """Plain numbers: row -> tensors, parameters, memory, disk."""
-        rows = {k: vars(r).copy() for k, r in self.rows.items()}
-        return (
-            rows
-            | {"trainable": vars(self.trained).copy()}
-            | {"total": vars(self.total).copy()}
-        )
+        rows = {**self.rows, "trainable": self.trained, "total": self.total}
+        return {key: vars(row).copy() for key, row in rows.items()}
 
     def _table(self) -> list[tuple[str, ...]]:
         whole = max(self.total.parameters, 1)
         lines = []
         for key, row in self.to_dict().items():
-            empty = not row["tensors"] and key in ("head", "decoder", "other trainable")
-            if not empty:
-                lines.append(
-                    (
-                        key,
-                        f"{row['tensors']:,}",
-                        f"{row['parameters']:,}",
-                        f"{100 * row['parameters'] / whole:.3f} %",
-                        human(row["memory"]),
-                        human(row["disk"]),
-                    )
-                )
+            count, sizes = row["parameters"], (human(row["memory"]), human(row["disk"]))
+            share = f"{100 * count / whole:.3f} %"
+            if row["tensors"] or key not in ("head", "decoder", "other trainable"):
+                lines.append((key, f"{row['tensors']:,}", f"{count:,}", share, *sizes))
         return lines
 
     def to_text(self) -> str:

@@ -6,13 +6,14 @@ import hashlib
 import json
 import re
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from medtut.lora.attention import PARTS, LoRAMultiheadAttention
-from medtut.lora.conv import _LoRAConv
+from medtut.lora.conv import _LoRAConv, block_diagonal
 from medtut.lora.core import AdapterSpec, LoRAError, LoRALayer
 from medtut.lora.fingerprint import check_base, total
 from medtut.lora.inject import (
@@ -115,17 +116,12 @@ def _peft_spec(config: dict, name: str, group: Group) -> AdapterSpec:
 
 def _ungroup(A: Tensor, groups: int, where: str) -> Tensor:
     """The shared A of a block-diagonal one; see :mod:`medtut.lora.conv`."""
-    r, width = A.shape[0] // groups, A.shape[1] // groups
-    blocks = A.view(groups, r, groups, width, *A.shape[2:])
-    shared = blocks[0, :, 0]
-    for i in range(groups):
-        for j in range(groups):
-            want = shared if i == j else torch.zeros_like(shared)
-            if not torch.equal(blocks[i, :, j], want):
-                raise LoRAError(
-                    f"{where}: this adapter of a grouped convolution mixes groups, "
-                    "as peft trains them; no grouped weight can hold that."
-                )
+    shared = A[: A.shape[0] // groups, : A.shape[1] // groups]
+    if not torch.equal(block_diagonal(shared, groups), A):
+        raise LoRAError(
+            f"{where}: this adapter of a grouped convolution mixes groups, as peft "
+            "trains them; no grouped weight can hold that."
+        )
     return shared
 
 
@@ -152,7 +148,7 @@ def _fill(layer: LoRALayer, group: Group, name: str, ours: bool) -> None:
         if slot.part == "output" and isinstance(layer, LoRAMultiheadAttention):
             a, b, start = group["out_A"], group["out_B"], 0
         else:
-            a, b = A, B if slot.rows is None else B.index_select(0, slot.rows.cpu())
+            a, b = A, slot.take(B)
         if not ours:
             # One pair from peft serves all parts: each keeps its own copy.
             _assign(slot.A, slot.B, a, b, name)
@@ -165,9 +161,7 @@ def _fill(layer: LoRALayer, group: Group, name: str, ours: bool) -> None:
                 start = stop
         if slot.magnitude is not None:
             m = group["lora_magnitude_vector"].reshape(-1)
-            slot.magnitude.copy_(
-                m if slot.rows is None else m.index_select(0, slot.rows.cpu())
-            )
+            slot.magnitude.copy_(slot.take(m))
 
 
 def _attention_groups(model: nn.Module, groups: dict[str, Group]) -> dict[str, Group]:
@@ -175,11 +169,7 @@ def _attention_groups(model: nn.Module, groups: dict[str, Group]) -> dict[str, G
     joined: dict[str, Group] = {}
     for name, group in groups.items():
         parent, _, last = name.rpartition(".")
-        try:
-            owner = model.get_submodule(parent)
-        except AttributeError:
-            owner = None
-        if last == "out_proj" and isinstance(owner, nn.MultiheadAttention):
+        if last == "out_proj" and _is_attention(model, parent):
             target = joined.setdefault(parent, {})
             target |= {"out_A": group["lora_A"], "out_B": group["lora_B"]}
         else:
@@ -213,8 +203,7 @@ def _build(
     if not isinstance(base, kinds):
         raise LoRAError(f"{name} is a {type(base).__name__}, which is not adaptable.")
     if record is not None:
-        keys = ("r", "alpha", "scaling", "dropout", "variant")
-        spec = AdapterSpec(**{k: record[k] for k in keys})
+        spec = AdapterSpec(**{f.name: record[f.name] for f in fields(AdapterSpec)})
         shape = {k: record[k] for k in ("order", "layout", "heads") if k in record}
         layer = make_layer(base, spec, parts=record["parts"], check=False, **shape)
     else:

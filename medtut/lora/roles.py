@@ -10,7 +10,6 @@ is an attention output only inside an attention block.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -155,13 +154,10 @@ def scan(model: nn.Module) -> list[Candidate]:
     list of Candidate
         In the order of ``named_modules``; a module used under two names comes once.
     """
-    return list(_scan(model))
-
-
-def _scan(model: nn.Module) -> Iterator[Candidate]:
     modules = dict(model.named_modules())
     # A module used twice is listed once; its second name must still be found above.
     modules |= dict(model.named_modules(remove_duplicate=False))
+    found = []
     for name, module in model.named_modules():
         if not name or not _supported(module):
             continue
@@ -170,7 +166,7 @@ def _scan(model: nn.Module) -> Iterator[Candidate]:
             continue  # its out_proj is never called; it is the part "output"
         if isinstance(module, nn.MultiheadAttention):
             parts = ("query", "key", "value", "output")
-            yield Candidate(name, module, frozenset(parts), parts)
+            found.append(Candidate(name, module, frozenset(parts), parts))
             continue
         roles, parts = _classify(name, module, modules)
         blocked = ""
@@ -179,7 +175,8 @@ def _scan(model: nn.Module) -> Iterator[Candidate]:
                 f"{type(parent).__name__} reads this layer's weight and never calls "
                 "it, so an adapter would change nothing"
             )
-        yield Candidate(name, module, frozenset(roles), parts, blocked)
+        found.append(Candidate(name, module, frozenset(roles), parts, blocked))
+    return found
 
 
 def describe(candidates: list[Candidate]) -> str:

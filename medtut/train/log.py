@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+from medtut.files import write_text
 
 
 class Log:
@@ -35,10 +36,7 @@ class Log:
                 if entry["step"] > keep_to:
                     break
                 self.history.append(entry)
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(_line(entry) for entry in self.history)
-        os.replace(partial, path)
+        write_text(path, "".join(map(_line, self.history)))
         self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
 
     def add(self, event: str, step: int, **values: Any) -> None:

@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +119,13 @@ def fit(
         After Ctrl-C: the step is finished and saved first. A second Ctrl-C ends it at
         once, as ever.
     """
+    from accelerate.utils import gather_object, send_to_device
+    from tqdm.auto import tqdm
+
     check(model, train_set, config, validate)
     accelerator = make_accelerator(config)
     processes, device = accelerator.num_processes, accelerator.device
+    cuda = device.type == "cuda"
     if config.batch_size % processes:
         raise TrainError(
             f"batch_size {config.batch_size} cannot be shared evenly by {processes} "
@@ -173,8 +178,6 @@ def fit(
     def save(step: int) -> None:
         if path is None:
             return
-        from accelerate.utils import gather_object
-
         now = gather_object([checkpoint.random_state()])
         if accelerator.is_main_process:
             scaler = accelerator.scaler
@@ -209,11 +212,12 @@ def fit(
         ),
         num_workers=config.num_workers,
         collate_fn=collate,
-        pin_memory=device.type == "cuda",
+        pin_memory=cuda,
         # Starting workers draws a number; it must not come out of the run's own.
         generator=torch.Generator().manual_seed(config.seed),
     )
-    bar = _bar(config.steps, start, progress and accelerator.is_main_process)
+    shown = progress and accelerator.is_main_process
+    bar = tqdm(total=config.steps, initial=start, unit="step", disable=not shown)
     try:
         with PeakMemory(device) as memory, ctrl_c() as interrupted:
             batches = iter(loader) if not stopped else iter(())
@@ -224,7 +228,7 @@ def fit(
 
                 total = torch.zeros((), device=device)
                 for _ in range(config.accumulate):
-                    batch = _to(next(batches), device)
+                    batch = send_to_device(next(batches), device, non_blocking=cuda)
                     with accelerator.autocast():
                         loss = loss_fn(model, batch)
                     check_loss(loss, step)
@@ -232,12 +236,13 @@ def fit(
                     total += loss.detach().float() / config.accumulate
 
                 # One reduction tells every process the mean loss and of any Ctrl-C.
-                news = torch.stack([total, total.new_tensor(float(interrupted))])
+                news = torch.stack(
+                    [total, total.new_tensor(float(interrupted.is_set()))]
+                )
                 mean_loss, stop_asked = accelerator.reduce(news, "mean").tolist()
+                refusal = partial(not_finite, step, lr, len(train_set), config)
                 if not math.isfinite(mean_loss):
-                    raise not_finite(
-                        f"loss is {mean_loss}", step, lr, len(train_set), config
-                    )
+                    raise refusal(f"loss is {mean_loss}")
                 average_gradients(parameters, accelerator)
                 norm = {}
                 if config.clip_norm:
@@ -245,13 +250,7 @@ def fit(
                     norm = {"grad_norm": float(length)}
                     # The loss scale of fp16 skips such a step; here it would be taken.
                     if accelerator.scaler is None and not length.isfinite():
-                        raise not_finite(
-                            f"gradient's norm is {float(length)}",
-                            step,
-                            lr,
-                            len(train_set),
-                            config,
-                        )
+                        raise refusal(f"gradient's norm is {float(length)}")
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 done = step + 1
@@ -322,31 +321,17 @@ def _validate(
 
 
 def _better(score: float, best: dict | None, config: TrainConfig) -> bool:
-    if math.isnan(score):
-        return False
-    if best is None:
-        return True
+    if math.isnan(score) or best is None:
+        return not math.isnan(score)
     last = best[config.monitor]
     return score > last if config.mode == "max" else score < last
 
 
 def _interrupted(step: int, config: TrainConfig, path: Path | None) -> str:
-    where = (
-        f"saved in {path}; call fit with the same out folder to go on"
-        if path
-        else "the weights are in the model, but nothing was saved: give fit an out "
-        "folder next time"
-    )
+    where = f"saved in {path}; call fit with the same out folder to go on"
+    if path is None:
+        where = (
+            "the weights are in the model, but nothing was saved: give fit an out "
+            "folder next time"
+        )
     return f"Stopped on request after step {step} of {config.steps}; {where}."
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    from accelerate.utils import send_to_device
-
-    return send_to_device(batch, device, non_blocking=device.type == "cuda")
-
-
-def _bar(steps: int, start: int, shown: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=steps, initial=start, unit="step", disable=not shown)

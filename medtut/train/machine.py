@@ -49,12 +49,12 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
                 f"earlier pattern took them all). Trained are: {', '.join(names[:20])}"
                 f"{' ...' if len(names) > 20 else ''}."
             )
+    factors = [*map(float, config.groups.values()), 1.0]
     settings = [
-        {"params": found, "factor": float(config.groups[pattern])}
-        for pattern, found in groups.items()
+        {"params": found, "factor": factor}
+        for found, factor in zip([*groups.values(), others], factors, strict=True)
+        if found
     ]
-    if others:
-        settings.append({"params": others, "factor": 1.0})
     shared = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd":
         return torch.optim.SGD(settings, momentum=0.9, **shared)
@@ -101,36 +101,23 @@ def average_gradients(parameters: list[nn.Parameter], accelerator: Any) -> None:
             p.grad = torch.zeros_like(p)
     flat = torch.cat([p.grad.reshape(-1).float() for p in parameters])
     flat = accelerator.reduce(flat, "mean")
-    for p, mean in zip(
-        parameters, flat.split([p.numel() for p in parameters]), strict=True
-    ):
+    for p in parameters:
+        mean, flat = flat.tensor_split([p.numel()])
         p.grad.copy_(mean.view_as(p))
 
 
-class _Flag:
-    """True once Ctrl-C was pressed."""
-
-    on = False
-
-    def __bool__(self) -> bool:
-        return self.on
-
-    def __float__(self) -> float:
-        return float(self.on)
-
-
 @contextlib.contextmanager
-def ctrl_c() -> Iterator[_Flag]:
+def ctrl_c() -> Iterator[threading.Event]:
     """Turn the first Ctrl-C into a flag, so that no step is torn in the middle."""
-    flag = _Flag()
+    flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag  # signals reach the main thread only
         return
 
     def note(number: int, frame: Any) -> None:
-        if flag.on:
+        if flag.is_set():
             raise KeyboardInterrupt
-        flag.on = True
+        flag.set()
 
     before = signal.signal(signal.SIGINT, note)
     try:

@@ -48,7 +48,7 @@ def check_loss(loss: Any, step: int) -> None:
 
 
 def not_finite(
-    what: str, step: int, lr: float, size: int, config: TrainConfig
+    step: int, lr: float, size: int, config: TrainConfig, what: str
 ) -> TrainError:
     """Return the error that names the step and its samples."""
     batch = config.batch_size * config.accumulate

@@ -1,0 +1,177 @@
+"""Lesson 02: settings, sweep arms and the pieces its notebook and sweep share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from medtut.course.lessons.medclip import (
+    DESIGNS,
+    held_out,
+    load_task,
+    predict,
+    train_arm,
+)
+from medtut.course.profiles import LessonSettings
+from medtut.data import brain_cohort
+from medtut.data.cache import cached_file
+from medtut.errors import MedtutError
+
+COHORT_VERSION = brain_cohort.version()
+
+KEY_NUMBERS = [
+    ("sweep_published", "foreground Dice, published design", "{:.3f}"),
+    ("sweep_lora", "foreground Dice, dense decoder + LoRA", "{:.3f}"),
+    ("lora_minus_published", "difference, five seeds", "{:+.3f}"),
+    ("true_trainable_fraction", "parameters trained, decoder counted", "{:.2%}"),
+]
+
+
+class Settings(LessonSettings):
+    """What can be set in lesson 02.
+
+    Attributes
+    ----------
+    tower : small is the course's own, tiny is MedCLIP's (needs its weights).
+    steps, batch_size : of every training.
+    rank, alpha, dropout : of the LoRA arms; the published values are the defaults.
+    train_patients, validation_patients, test_patients : of the drawn cohort.
+    level_step : every how many axial levels a slice is used, in training and judging.
+    oracle_slices : slices of the experiment on the output grid.
+    """
+
+    tower: Literal["small", "tiny"] = "small"
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    rank: int = Field(ge=1)
+    alpha: float = Field(gt=0)
+    dropout: float = Field(ge=0, lt=1)
+    train_patients: int = Field(ge=1)
+    validation_patients: int = Field(ge=1)
+    test_patients: int = Field(ge=2)
+    level_step: int = Field(ge=1)
+    oracle_slices: int = Field(ge=2)
+
+
+_COMMON = {"rank": 8, "alpha": 16.0, "dropout": 0.1, "batch_size": 4, "tower": "small"}
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": {
+        **_COMMON,
+        "steps": 2,
+        "train_patients": 2,
+        "validation_patients": 1,
+        "test_patients": 2,
+        "level_step": 6,
+        "oracle_slices": 4,
+    },
+    "quick": {
+        **_COMMON,
+        "steps": 240,
+        "train_patients": 20,
+        "validation_patients": 6,
+        "test_patients": 14,
+        "level_step": 2,
+        "oracle_slices": 40,
+    },
+    "full": {
+        **_COMMON,
+        "tower": "tiny",
+        "batch_size": 2,
+        "steps": 20_000,
+        "train_patients": 258,
+        "validation_patients": 37,
+        "test_patients": 73,
+        "level_step": 1,
+        "oracle_slices": 200,
+    },
+}
+
+# The same grid for every arm; the rate is chosen on the validation patients.
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+TUNING_SEED = 1000  # order and initialisation that no reported run has
+
+# No settings differ between the arms; the designs do.
+ARMS: dict[str, dict[str, Any]] = {name: {} for name in DESIGNS}
+# Arms that do not compete take the rate of the one they vary.
+RATE_OF = {"published_long": "published", "leaky": "lora"}
+
+
+def tuned(name: str, settings: Settings) -> dict[str, float]:
+    """Best validation Dice at every rate of the grid, in runs of half the length.
+
+    Kept in the cache, so that the five seeds of an arm tune once.
+    """
+    size = settings.model_dump(exclude={"test_patients", "oracle_slices"}, mode="json")
+    key = {"arm": repr(DESIGNS[name]), "cohort": COHORT_VERSION, **size}
+    key |= {"rates": LEARNING_RATES}
+    key.pop("seed", None)
+
+    def make(path: Path) -> None:
+        task = load_task(settings)
+        half = max(1, settings.steps // 2)
+        scores = {}
+        for rate in LEARNING_RATES:
+            args = (name, TUNING_SEED, rate, settings, task)
+            scores[str(rate)] = train_arm(*args, steps=half)[1].best["score"]
+        path.write_text(json.dumps(scores), encoding="utf-8")
+
+    path = cached_file("l02_tuning", key, make, ".json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def run_arm(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
+    """Train one arm with one seed, at the rate that validation chose."""
+    from medtut.evaluate import case_table, score_cases
+
+    grid = tuned(RATE_OF.get(arm, arm), settings)
+    rate = float(max(grid, key=grid.__getitem__))
+    task = load_task(settings)
+    model, result = train_arm(arm, seed, rate, settings, task)
+    cases = task.part("test")
+    found = [predict(model, c, DESIGNS[arm], settings.level_step) for c in cases]
+    scores = case_table(score_cases((p.label, p.truth, p.spacing) for p in found))
+    own = held_out(model, arm, seed, task, settings)
+    return {
+        "score": float(scores["foreground"].mean()),
+        "cases": scores["foreground"].tolist(),
+        "patients": [case.id for case in cases],
+        **{
+            key: [None if np.isnan(v) else float(v) for v in values]
+            for key, values in scores.items()
+            if key != "foreground"
+        },
+        "own_split_published": own.published,
+        "own_split_foreground": own.without_background,
+        "own_split_per_patient": own.per_patient,
+        "lr": rate,
+        "validation_by_lr": grid,
+        "validation": [
+            [row["step"], row["score"]] for row in result.history if "score" in row
+        ],
+        "best_step": result.best["step"],
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+def committed(key: str = "cases") -> dict[str, np.ndarray]:
+    """A number of the committed sweep by arm: ``(seeds, patients)`` or ``(seeds,)``."""
+    from medtut.course.sweep import load_sweep
+
+    runs = sorted(load_sweep("02_medclip_segmentation"), key=lambda run: run["seed"])
+    return {
+        arm: np.array([r["metrics"][key] for r in runs if r["arm"] == arm], dtype=float)
+        for arm in ARMS
+        if any(r["arm"] == arm for r in runs)
+    }
+
+
+def chosen_rate(arm: str) -> float:
+    """The learning rate that the committed sweep chose on validation."""
+    rates = committed("lr").get(RATE_OF.get(arm, arm))
+    if rates is None:
+        raise MedtutError(f"no sweep of {arm}: run `medtut sweep 02 --arms {arm}`.")
+    return float(rates[0])

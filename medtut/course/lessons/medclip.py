@@ -1,0 +1,346 @@
+"""Lesson 02's designs: what is built, how it is trained, and how it is judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from medtut.data.brain_cohort import CohortSpec, cohort_folder
+from medtut.data.brats import MODALITIES, Case, find_cases, load_case
+from medtut.data.brats_slices import (
+    SliceDataset,
+    to_volume,
+    tumour_slices,
+    volume_slices,
+)
+from medtut.data.splits import Split, split_slices
+from medtut.errors import MedtutError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from medtut.course.lessons.l02 import Settings
+    from medtut.train import FitResult
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to adapt the tower.
+
+    Attributes
+    ----------
+    method : lora, dora, head or full.
+    dense : the pyramid decoder, or the published one on a single vector.
+    published_loss : cross-entropy alone and the published normalisation.
+    modalities : what the tower sees.
+    leaky : the published split over slices in the place of one over patients.
+    longer : factor on the steps.
+    """
+
+    method: str = "lora"
+    dense: bool = True
+    published_loss: bool = False
+    modalities: tuple[str, ...] = ("flair",)
+    leaky: bool = False
+    longer: int = 1
+
+    @property
+    def normalise(self) -> Literal["brain", "slice"]:
+        """Over the brain of the volume, or over each slice as published."""
+        return "slice" if self.published_loss else "brain"
+
+
+DESIGNS: dict[str, Arm] = {
+    "published": Arm(dense=False, published_loss=True),
+    "lora": Arm(),
+    "head": Arm(method="head"),
+    "dora": Arm(method="dora"),
+    "full": Arm(method="full"),
+    "vector": Arm(dense=False),
+    "lora_4": Arm(modalities=MODALITIES),
+    "published_long": Arm(dense=False, published_loss=True, longer=3),
+    "leaky": Arm(leaky=True),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One patient: image, truth and predicted labels (X, Y, Z), spacing in mm."""
+
+    case: str
+    image: np.ndarray
+    truth: np.ndarray
+    label: np.ndarray
+    spacing: tuple[float, float, float]
+
+
+@dataclass
+class Task:
+    """Cases of the target scanner by part, and the split they come from."""
+
+    cases: dict[str, Case]
+    split: Split
+
+    def part(self, name: str) -> list[Case]:
+        """Cases of train, validation or test."""
+        return [self.cases[i] for i in getattr(self.split, name)]
+
+
+def load_task(settings: Settings) -> Task:
+    """Find the patients: the drawn cohort, or the BraTS folder given as `data`.
+
+    The parts are the first, next and last patients of a seeded order.
+    """
+    wanted = (
+        settings.train_patients,
+        settings.validation_patients,
+        settings.test_patients,
+    )
+    if settings.data is None:
+        folder = cohort_folder(CohortSpec("target", count=sum(wanted)), progress=True)
+    else:
+        folder = Path(settings.data)
+    cases = {case.id: case for case in find_cases(folder)}
+    if len(cases) < sum(wanted):
+        raise MedtutError(
+            f"{folder} holds {len(cases)} cases with masks; the settings ask for "
+            f"{' + '.join(map(str, wanted))}. Set train_patients, validation_patients "
+            "and test_patients lower."
+        )
+    order = np.random.default_rng(0).permutation(sorted(cases)).tolist()
+    ends = np.cumsum(wanted)
+    parts = [tuple(order[a:b]) for a, b in zip((0, *ends[:2]), ends, strict=True)]
+    return Task(cases, Split(*parts, seed=0))
+
+
+def build(arm: Arm | str, settings: Settings, weights: str | None = None) -> nn.Module:
+    """The tower with its pretrained weights and the arm's decoder and adapter."""
+    from medtut.lora import LoRAConfig, inject
+    from medtut.models.medclip import (
+        DenseDecoder,
+        MedCLIPSegmenter,
+        VectorDecoder,
+        inflate_channels,
+    )
+    from medtut.models.medclip_io import load_official, load_small_tower
+
+    arm = DESIGNS[arm] if isinstance(arm, str) else arm
+    tower = load_small_tower() if settings.tower == "small" else load_official(weights)
+    if len(arm.modalities) > 1:
+        inflate_channels(tower, len(arm.modalities))
+    head = DenseDecoder(tower.widths) if arm.dense else VectorDecoder()
+    model = MedCLIPSegmenter(tower, head)
+    if arm.method in ("lora", "dora"):
+        config = LoRAConfig(
+            r=settings.rank,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            variant=arm.method,  # type: ignore[arg-type]
+            roles=("query", "value"),
+        )
+        inject(model, config, keep="^seg_head")
+    else:
+        model.encoder.requires_grad_(arm.method == "full")
+    model.seg_head.requires_grad_(True)
+    if len(arm.modalities) > 1:
+        # A frozen average of the modalities would throw their differences away.
+        model.encoder.model.embeddings.patch_embeddings.requires_grad_(True)
+    return model
+
+
+def loss_of(arm: Arm) -> Any:
+    """``loss(model, batch)``: cross-entropy alone, or with soft Dice (MONAI)."""
+    from torch.nn import functional as F
+
+    if arm.published_loss:
+        return lambda model, batch: F.cross_entropy(
+            model(batch["image"]), batch["label"]
+        )
+    from monai.losses import DiceCELoss
+
+    both = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
+    return lambda model, batch: both(model(batch["image"]), batch["label"][:, None])
+
+
+def slices_of(
+    task: Task, parts: tuple[str, ...], arm: Arm, step: int
+) -> tuple[SliceDataset, list[int]]:
+    """The slices of some parts as the arm sees them, and which of them to use.
+
+    Every `step`-th level with tumour, and a fourth as dense a sample of the others: the
+    source drops all of those, and a model that never saw one marks something on each.
+    """
+    cases = [case for part in parts for case in task.part(part)]
+    data = SliceDataset(cases, arm.modalities, arm.normalise, slices="all")
+    tumour = {case.id: set(tumour_slices(case)) for case in cases}
+    used = [
+        i
+        for i, (case, z) in enumerate(data.index)
+        if z % (step if z in tumour[case] else 4 * step) == 0
+    ]
+    return data, used
+
+
+def predict(model: nn.Module, case: Case, arm: Arm, step: int = 1) -> Prediction:
+    """Label every `step`-th level of a patient, on the patient's own grid."""
+    import torch
+
+    volume = load_case(case)
+    stack = volume_slices(case, arm.modalities, arm.normalise)[::step]
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        found = [model(x.to(device)).argmax(1).byte().cpu() for x in stack.split(8)]
+    model.train(training)
+    truth = volume.label[:, :, ::step]
+    x, y, z = volume.spacing
+    return Prediction(
+        case.id,
+        volume.image[0, :, :, ::step],
+        truth,
+        to_volume(torch.cat(found), truth.shape),
+        (x, y, z * step),
+    )
+
+
+def foreground(predictions: list[Prediction]) -> np.ndarray:
+    """Foreground Dice of every patient, ``(patients,)``."""
+    from medtut.evaluate import region_dice
+
+    return np.array([region_dice(p.label, p.truth)["foreground"] for p in predictions])
+
+
+def train_arm(
+    name: str,
+    seed: int,
+    rate: float,
+    settings: Settings,
+    task: Task,
+    *,
+    steps: int | None = None,
+    out: Path | None = None,
+    weights: str | None = None,
+    progress: bool = False,
+) -> tuple[nn.Module, FitResult]:
+    """Adapt the tower with one arm at one learning rate.
+
+    The weights that are kept are those of the best validation, as in the source.
+    """
+    import torch
+
+    from medtut.train import TrainConfig, fit
+
+    arm = DESIGNS[name]
+    torch.manual_seed(seed)
+    model = build(arm, settings, weights)
+    steps = (steps or settings.steps) * arm.longer
+    data, seen, _ = dealt(task, arm, settings, seed)
+    train = torch.utils.data.Subset(data, seen)
+    config = TrainConfig(
+        steps=steps,
+        batch_size=settings.batch_size,
+        lr=rate,
+        weight_decay=0.01,
+        warmup=steps // 20,
+        eval_every=max(1, steps // (4 * arm.longer)),
+        patience=5,  # as published
+        seed=seed,
+    )
+    coarse = 2 * settings.level_step
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        found = [predict(model, c, arm, coarse) for c in task.part("validation")]
+        return {"score": float(np.nanmean(foreground(found)))}
+
+    result = fit(
+        model,
+        loss_of(arm),
+        train,
+        config,
+        validate=validate,
+        out=out,
+        progress=progress,
+    )
+    return model, result
+
+
+def dealt(
+    task: Task, arm: Arm, settings: Settings, seed: int
+) -> tuple[SliceDataset, list[int], list[int]]:
+    """Slices to train on and slices that the arm's own split holds out.
+
+    A leaky arm throws training and test patients into one heap and deals out slices,
+    as published; as many patients' worth are trained on as in the other arms.
+    """
+    step = settings.level_step
+    data, used = slices_of(task, ("train", "test"), arm, step)
+    if not arm.leaky:
+        known = set(task.split.train)
+        mine = [i for i in used if data.index[i][0] in known]
+        return data, mine, [i for i in used if data.index[i][0] not in known]
+    share = len(task.split.train) / len(data.cases)
+    first, rest = split_slices(len(used), share, seed)
+    return data, [used[i] for i in first], [used[i] for i in rest]
+
+
+def held_out(
+    model: nn.Module, name: str, seed: int, task: Task, settings: Settings
+) -> Any:
+    """The source's own metric on the slices that the arm's own split held out.
+
+    Slices without tumour are left out, as the source leaves them out.
+    """
+    import torch
+
+    from medtut.evaluate import inflation
+
+    data, _, chosen = dealt(task, DESIGNS[name], settings, seed)
+    items = [item for i in chosen if (item := data[i])["label"].any()]
+    device = next(model.parameters()).device
+    model.eval()
+    with torch.no_grad():
+        stack = torch.stack([item["image"] for item in items]).split(8)
+        found = [model(part.to(device)).argmax(1).cpu() for part in stack]
+    truth = torch.stack([item["label"] for item in items])
+    return inflation(torch.cat(found), truth, [item["case"] for item in items])
+
+
+def real_patient(name: str) -> tuple[Any, Any]:
+    """A real scan as slices: images (Z, 224, 224) and tumour mask, both tensors.
+
+    ``brain1`` or ``brain2`` of the PyRadiomics test data: T1 with contrast agent and
+    with the skull, brought to the field of view of BraTS (240 mm) and normalised over
+    what is brighter than a tenth of its 99th percentile.
+
+    Raises
+    ------
+    AssetUnavailable
+        Without a network, when the file was not fetched before.
+    """
+    import torch
+    from monai import transforms as mt
+
+    from medtut.data.assets import fetch
+
+    files = fetch("pyradiomics-brain")
+    images = {"image": files[f"{name}_image"], "mask": files[f"{name}_label"]}
+    both = tuple(images)
+    read = mt.Compose(
+        [
+            mt.LoadImaged(both, ensure_channel_first=True),
+            mt.Orientationd(both, "RAS", labels=None),
+            mt.Spacingd(both, (1.0, 1.0, -1.0), mode=("bilinear", "nearest")),
+            mt.ResizeWithPadOrCropd(both, (240, 240, -1)),
+            mt.Resized(both, (224, 224, -1), mode=("trilinear", "nearest")),
+            mt.Rotate90d(both),
+        ]
+    )
+    found = read(images)
+    image, mask = (found[key].as_tensor()[0].permute(2, 0, 1) for key in both)
+    inside = image > 0.1 * torch.quantile(image[image > 0], 0.99)
+    scaled = (image - image[inside].mean()) / image[inside].std()
+    return torch.where(inside, scaled, 0.0).float(), mask > 0.5
