@@ -6,6 +6,8 @@ Labels are 0 background, 1 necrotic core, 2 oedema, 3 enhancing tumour. A slice 
 
 from __future__ import annotations
 
+import base64
+import html
 import io
 import json
 import os
@@ -25,7 +27,7 @@ CLASSES = {"necrotic core": VERMILION, "oedema": BLUE, "enhancing tumour": ORANG
 COLOURS = np.array([[0, 0, 0], [213, 94, 0], [0, 114, 178], [230, 159, 0]], np.uint8)
 # What the published suite paints: black, red, green, blue.
 PUBLISHED_COLOURS = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]])
-GIF_BYTES, GIF_FRAMES, GIF_SIDE = 300_000, 24, 180
+GIF_BYTES, GIF_SIDE = 200_000, 180
 
 
 class Sample(NamedTuple):
@@ -184,22 +186,29 @@ def five_panels(image: Array, truth: Array, prediction: Array, title: str) -> An
     return _panels({"": panels}, title)
 
 
-def slices_of(case: str, image: Array, truth: Array, prediction: Array) -> list[Sample]:
+def slices_of(
+    case: str, image: Array, truth: Array, prediction: Array, step: int = 1
+) -> list[Sample]:
     """Slices of one patient that hold tumour, true or predicted, from the lowest up.
 
     Parameters
     ----------
     image, truth, prediction : ``(X, Y, Z)``.
+    step : levels of the scan from one slice to the next, where some were left out.
     """
     parts = [np.rot90(np.asarray(part)) for part in (image, truth, prediction)]
     if parts[0].ndim != 3 or len({part.shape for part in parts}) != 1:
         shapes = ", ".join(str(part.shape) for part in parts)
         raise MedtutError(f"{case}: needs three (X, Y, Z) of one shape, got {shapes}.")
     tumour = np.flatnonzero(((parts[1] > 0) | (parts[2] > 0)).any(axis=(0, 1)))
-    return [Sample(case, int(z), *(part[..., z] for part in parts)) for z in tumour]
+    return [
+        Sample(case, int(z) * step, *(part[..., z] for part in parts)) for z in tumour
+    ]
 
 
-def ranked_patients(scores: Mapping[str, float], load: Callable[[str], Any]) -> Any:
+def ranked_patients(
+    scores: Mapping[str, float], load: Callable[[str], Any], step: int = 1
+) -> Any:
     """Best, median and worst patient, each at the slice with its largest tumour.
 
     Parameters
@@ -208,6 +217,7 @@ def ranked_patients(scores: Mapping[str, float], load: Callable[[str], Any]) -> 
         With an even number the lower of the two middle patients is the median.
     load : ``load(case)`` gives image, truth and prediction ``(X, Y, Z)``; called for
         three patients only.
+    step : as in `slices_of`.
 
     Raises
     ------
@@ -220,7 +230,7 @@ def ranked_patients(scores: Mapping[str, float], load: Callable[[str], Any]) -> 
     rows = {}
     for place, rank in ("best", -1), ("median", (len(order) - 1) // 2), ("worst", 0):
         case = order[rank]
-        slices = slices_of(case, *load(case))
+        slices = slices_of(case, *load(case), step)
         one = max(slices, key=lambda s: ((s.truth > 0).sum(), (s.prediction > 0).sum()))
         rows[place] = {
             f"{case}, slice {one.z}": window(one.image),
@@ -273,7 +283,7 @@ def patient_gif(path: Path | str, samples: Sequence[Sample]) -> str:
 
     Parameters
     ----------
-    path : the GIF to write, by rename, below 300 kB: slices are left out evenly
+    path : the GIF to write, by rename, below 200 kB: slices are left out evenly
         (at most 24 frames) rather than the patient's outline blurred.
     samples : slices of one case, such as `slices_of` gives; put in order of z.
 
@@ -305,6 +315,12 @@ def random_samples_gif(path: Path | str, samples: Sequence[Sample], seed: int) -
     order = np.random.default_rng(seed).permutation(len(samples))
     drawn = [samples[i] for i in order[:20]]
     return _write_gif(path, drawn, f"{len({one.case for one in drawn})} patients")
+
+
+def gif_html(path: Path | str, alt: str) -> str:
+    """The animation inside an ``<img>`` with its alternative text."""
+    data = base64.b64encode(Path(path).read_bytes()).decode("ascii")
+    return f'<img src="data:image/gif;base64,{data}" alt="{html.escape(alt)}">'
 
 
 def curves(log: Any, score: str = "score", loss: str = "loss") -> Any:

@@ -52,7 +52,7 @@ class Settings(LessonSettings):
     dropout: float = Field(ge=0, lt=1)
     train_patients: int = Field(ge=1)
     validation_patients: int = Field(ge=1)
-    test_patients: int = Field(ge=2)
+    test_patients: int = Field(ge=3)
     level_step: int = Field(ge=1)
     oracle_slices: int = Field(ge=2)
 
@@ -64,16 +64,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 2,
         "train_patients": 2,
         "validation_patients": 1,
-        "test_patients": 2,
+        "test_patients": 3,
         "level_step": 6,
         "oracle_slices": 4,
     },
     "quick": {
         **_COMMON,
-        "steps": 240,
-        "train_patients": 20,
-        "validation_patients": 6,
-        "test_patients": 14,
+        "steps": 200,
+        "train_patients": 24,
+        "validation_patients": 4,
+        "test_patients": 12,
         "level_step": 2,
         "oracle_slices": 40,
     },
@@ -91,13 +91,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # The same grid for every arm; the rate is chosen on the validation patients.
-LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 TUNING_SEED = 1000  # order and initialisation that no reported run has
 
 # No settings differ between the arms; the designs do.
 ARMS: dict[str, dict[str, Any]] = {name: {} for name in DESIGNS}
 # Arms that do not compete take the rate of the one they vary.
-RATE_OF = {"published_long": "published", "leaky": "lora"}
+RATE_OF = {"leaky": "lora"}
+LEAK = ("lora", "leaky", "published")  # also scored on what their own split holds out
 
 
 def tuned(name: str, settings: Settings) -> dict[str, float]:
@@ -134,7 +135,7 @@ def run_arm(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
     cases = task.part("test")
     found = [predict(model, c, DESIGNS[arm], settings.level_step) for c in cases]
     scores = case_table(score_cases((p.label, p.truth, p.spacing) for p in found))
-    own = held_out(model, arm, seed, task, settings)
+    own = held_out(model, arm, seed, task, settings) if arm in LEAK else None
     return {
         "score": float(scores["foreground"].mean()),
         "cases": scores["foreground"].tolist(),
@@ -144,13 +145,17 @@ def run_arm(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
             for key, values in scores.items()
             if key != "foreground"
         },
-        "own_split_published": own.published,
-        "own_split_foreground": own.without_background,
-        "own_split_per_patient": own.per_patient,
+        "own_split_published": own and own["published"],
+        "own_split_foreground": own and own["without_background"],
         "lr": rate,
         "validation_by_lr": grid,
         "validation": [
             [row["step"], row["score"]] for row in result.history if "score" in row
+        ],
+        "validation_loss": [
+            [row["step"], row["loss"]]
+            for row in result.history
+            if "score" in row and "loss" in row
         ],
         "best_step": result.best["step"],
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -165,7 +170,7 @@ def committed(key: str = "cases") -> dict[str, np.ndarray]:
     return {
         arm: np.array([r["metrics"][key] for r in runs if r["arm"] == arm], dtype=float)
         for arm in ARMS
-        if any(r["arm"] == arm for r in runs)
+        if any(r["arm"] == arm and r["metrics"][key] is not None for r in runs)
     }
 
 
