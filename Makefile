@@ -48,10 +48,10 @@ lab: env ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
 notebooks: env ## rebuild the stored notebooks from notebooks/source (runs them)
-	$(PY) -m medtut.course.notebooks build --execute
+	$(PY) -m tools.notebooks build --execute
 
 slides: env ## build the decks (needs marp-cli and Chromium, see CONTRIBUTING.md)
-	$(PY) -m medtut.course.slides
+	$(PY) -m tools.slides
 	marp --config-file slides/marp.config.json
 	marp --config-file slides/marp.config.json --pdf
 

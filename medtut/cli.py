@@ -171,13 +171,18 @@ def bench(
     """Measure speed and memory, side by side in one run."""
     if name != "lora":
         raise MedtutError(f"there is no benchmark {name!r}; there is: lora")
-    from rich.console import Console
-    from rich.markdown import Markdown
+    import runpy
 
-    from medtut.lora.bench import run_bench, to_markdown
+    from medtut.course.files import repository_root
 
-    Console().print(Markdown(to_markdown(run_bench(out))))
-    typer.echo(f"written to {out}")
+    script = repository_root() / "benchmarks" / f"{name}.py"
+    if not script.is_file():
+        raise MedtutError(
+            "benchmarks come with the repository, not with the package: clone it and "
+            f"call medtut bench {name} there"
+        )
+    sys.argv[1:] = ["--out", str(out)]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 @assets_app.command("list")

@@ -57,9 +57,14 @@ def figure_html(fig: Figure, alt: str, *, dpi: int = 90) -> str:
     """The figure as an ``<img>`` with its picture inside and alternative text."""
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=dpi)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return picture_html(buffer.getvalue(), "png", alt)
+
+
+def picture_html(content: bytes, kind: str, alt: str) -> str:
+    """A PNG or GIF as an ``<img>`` with its bytes inside and alternative text."""
+    data = base64.b64encode(content).decode("ascii")
     return (
-        f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" '
+        f'<img src="data:image/{kind};base64,{data}" alt="{html.escape(alt)}" '
         'style="max-width:100%;background:#fff">'
     )
 

@@ -6,8 +6,6 @@ Labels are 0 background, 1 necrotic core, 2 oedema, 3 enhancing tumour. A slice 
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import json
 import os
@@ -19,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike as Array
 
 from medtut.errors import MedtutError
-from medtut.viz import BLUE, GREY, ORANGE, VERMILION, figure
+from medtut.viz import BLUE, GREY, ORANGE, VERMILION, figure, picture_html
 
 # Of the Okabe-Ito colours these three stay furthest apart, and from grey, when a
 # 40 % tint is seen with each of the three kinds of colour blindness.
@@ -319,8 +317,7 @@ def random_samples_gif(path: Path | str, samples: Sequence[Sample], seed: int) -
 
 def gif_html(path: Path | str, alt: str) -> str:
     """The animation inside an ``<img>`` with its alternative text."""
-    data = base64.b64encode(Path(path).read_bytes()).decode("ascii")
-    return f'<img src="data:image/gif;base64,{data}" alt="{html.escape(alt)}">'
+    return picture_html(Path(path).read_bytes(), "gif", alt)
 
 
 def curves(log: Any, score: str = "score", loss: str = "loss") -> Any:

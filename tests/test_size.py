@@ -113,6 +113,16 @@ def test_lower_rooms_do_not_import_the_course():
     assert bad == []
 
 
+def test_the_package_does_not_import_what_is_not_installed():
+    bad = [
+        name
+        for name, path in modules().items()
+        if {n.split(".")[0] for n in imported(path.read_text(encoding="utf-8"))}
+        & {"tools", "benchmarks", "data_scripts", "tests"}
+    ]
+    assert bad == []
+
+
 @pytest.mark.parametrize("module", ["medtut", "medtut.cli"])
 def test_import_loads_nothing_heavy(module):
     code = f"import sys, {module}; print(*[n for n in {HEAVY!r} if n in sys.modules])"

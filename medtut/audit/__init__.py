@@ -27,21 +27,11 @@ from medtut.audit.subject import (
 )
 
 __all__ = [
-    "DETECTORS",
-    "Finding",
-    "Report",
-    "Subject",
-    "SubjectError",
-    "adapters_change_nothing",
-    "audit",
-    "find_adapters",
-    "frozen_that_moved",
-    "hwc_viewed_as_chw",
-    "load_factory",
-    "metric_misbehaves",
-    "split_shares_a_patient",
-    "trainable_without_gradient",
-]
+    "DETECTORS", "Finding", "Report", "Subject", "SubjectError",
+    "adapters_change_nothing", "audit", "find_adapters", "frozen_that_moved",
+    "hwc_viewed_as_chw", "load_factory", "metric_misbehaves",
+    "split_shares_a_patient", "trainable_without_gradient",
+]  # fmt: skip
 
 # Every detector and what of a subject it looks at: it runs where one of these is there.
 _LOOKS_AT = {

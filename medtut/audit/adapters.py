@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from torch import nn
@@ -79,32 +80,25 @@ def find_adapters(model: nn.Module) -> list[Site]:
 def _low_rank_pairs(model: nn.Module, known: set[int]):
     """Yield pairs (r, in), (out, r) that stand beside a frozen (out, in)."""
     for where, module in model.named_modules():
-        near = dict(module.named_parameters(recurse=False))
-        for child, inside in module.named_children():
-            for name, one in inside.named_parameters(recurse=False):
-                near[f"{child}.{name}"] = one
-        flat = {n: p for n, p in near.items() if p.ndim >= 2 and id(p) not in known}
+        near = module.named_parameters(remove_duplicate=False)
+        flat = {
+            n: p
+            for n, p in near
+            if n.count(".") < 2 and p.ndim >= 2 and id(p) not in known
+        }
         thin = {n: p for n, p in flat.items() if p.requires_grad}
         frozen = {tuple(p.shape[:2]) for p in flat.values() if not p.requires_grad}
-        for out_f, in_f in frozen:
-            downs = [n for n, p in thin.items() if p.shape[1] == in_f]
-            for down in downs:
-                r = thin[down].shape[0]
-                if 2 * r > min(out_f, in_f):
-                    continue
-                up = next(
-                    (
-                        n
-                        for n, p in thin.items()
-                        if n != down and tuple(p.shape[:2]) == (out_f, r)
-                    ),
-                    None,
-                )
-                if up is None or {id(thin[down]), id(thin[up])} & known:
-                    continue
-                known |= {id(thin[down]), id(thin[up])}
-                prefix = f"{where}." if where else ""
-                yield where or "(model)", {prefix + n: thin[n] for n in (down, up)}
+        for (out_f, in_f), (down, a) in product(frozen, thin.items()):
+            r = a.shape[0]
+            if a.shape[1] != in_f or 2 * r > min(out_f, in_f):
+                continue
+            fits = {n: p for n, p in thin.items() if p.shape[:2] == (out_f, r)}
+            up = next((n for n in fits if n != down), None)
+            if up is None or {id(a), id(fits[up])} & known:
+                continue
+            known |= {id(a), id(fits[up])}
+            prefix = f"{where}." if where else ""
+            yield where or "(model)", {prefix + n: thin[n] for n in (down, up)}
 
 
 def hinted(model: nn.Module) -> list[str]:
@@ -118,18 +112,13 @@ def hinted(model: nn.Module) -> list[str]:
 
 def switch(model: nn.Module, site: Site) -> dict[str, Any]:
     """Return a site's own switches: merged, disabled, and a scale that is zero."""
-    modules = dict(model.named_modules())
-    module = modules.get(site.name)
-    said: dict[str, Any] = {}
-    if module is None:
-        return said
-    if getattr(module, "merged", False) is True:
-        said["merged"] = True
-    if getattr(module, "disable_adapters", False) is True:
-        said["disabled"] = True
-    for key in ("scaling", "scale"):
-        value = getattr(module, key, None)
-        values = list(value.values()) if isinstance(value, dict) else [value]
+    module = dict(model.named_modules()).get(site.name)
+    flags = {"merged": "merged", "disabled": "disable_adapters"}
+    said: dict[str, Any] = {
+        key: True for key, flag in flags.items() if getattr(module, flag, 0) is True
+    }
+    for scale in (getattr(module, key, None) for key in ("scaling", "scale")):
+        values = scale.values() if isinstance(scale, dict) else [scale]
         if any(isinstance(one, int | float) and one == 0 for one in values):
             said["scale"] = 0
     return said

@@ -105,7 +105,15 @@ def split_shares_a_patient(subject: Subject) -> tuple[list[Finding], list[str]]:
     if subject.split is None:
         return [], []
     name, found = "split_shares_a_patient", []
-    split = getattr(subject.split, "__dict__", subject.split)
+    split = subject.split
+    if not isinstance(split, Mapping) and hasattr(split, "__dict__"):
+        # Of an object, its lists of names: what else it carries says how it was drawn.
+        split = {
+            key: value
+            for key, value in vars(split).items()
+            if isinstance(value, tuple | list)
+            and all(isinstance(v, str) for v in value)
+        }
     if not isinstance(split, Mapping):
         raise SubjectError("split must map names such as 'train' to what is in them.")
     sides = {str(key): _side(key, value) for key, value in split.items()}
@@ -171,9 +179,8 @@ def hwc_viewed_as_chw(subject: Subject) -> tuple[list[Finding], list[str]]:
         # The thirds of a picture do not match pixel by pixel; true channels may.
         differ = (flat @ flat.mT).flatten(1).amin(1) < SAME_CHANNELS
         # Grey repeated to c channels: every value stands there c times in a row.
-        grey = (back == back[..., :1]).flatten(1).all(1) & x.diff(dim=3).flatten(1).any(
-            1
-        )
+        varied = x.diff(dim=3).flatten(1).any(1)
+        grey = (back == back[..., :1]).flatten(1).all(1) & varied
         bad = differ & ((ratio < ROWS_RATIO) | (grey & (ratio < 1.5)))
         count, told = int(bad.sum()), int((as_is > 0).sum())
         if 2 * count > told:

@@ -98,20 +98,17 @@ def adapters_change_nothing(subject: Subject) -> Result:
             ]
         every = [p for one in sites for p in one.parameters.values()]
         numbers: dict[str, Any] = {
+            "largest_output_change": 0.0,
             "sites": len(sites),
             "parameters": sum(one.size for one in sites),
         }
         if _effect(subject, every, base) == 0:
-            return [
-                Finding(
-                    name,
-                    "error",
-                    _listed(one.name for one in sites),
-                    "No adapter has any effect: with noise on all their weights the "
-                    f"output stays the same to the last bit.{_why(model, sites)}",
-                    {"largest_output_change": 0.0, **numbers},
-                )
-            ], []
+            message = (
+                "No adapter has any effect: with noise on all their weights the "
+                f"output stays the same to the last bit.{_why(model, sites)}"
+            )
+            where = _listed(one.name for one in sites)
+            return [Finding(name, "error", where, message, numbers)], []
         step = -(-len(sites) // MAX_SITES)
         tried = sites[::step]
         dead = [
@@ -182,10 +179,8 @@ def trainable_without_gradient(subject: Subject) -> Result:
     wanted = {n: p for n, p in model.named_parameters() if p.requires_grad}
     total = sum(p.numel() for p in wanted.values())
     if not wanted:
-        numbers = {
-            "trainable": 0,
-            "parameters": sum(p.numel() for p in model.parameters()),
-        }
+        every = sum(p.numel() for p in model.parameters())
+        numbers = {"trainable": 0, "parameters": every}
         message = "Nothing is trainable: every parameter has requires_grad=False."
         return [Finding(name, "error", "(model)", message, numbers)], []
     with preserved(model):
@@ -283,35 +278,26 @@ def frozen_that_moved(subject: Subject, steps: int = 2, lr: float = 1e-3) -> Res
             if n not in now or not same_bits(bits, now[n].detach())
         }
     found = []
-    weights = [n for n in moved if n in params]
-    stats = [n for n in moved if n in buffers]
-    if weights:
-        message = (
-            f"Frozen tensors changed in {steps} steps and one validation pass, though "
-            "requires_grad is False. Is the storage shared with a trainable tensor, or "
-            "written to in forward, train() or eval()?"
-        )
-        numbers = _moved_numbers(weights, moved, len(params), steps)
-        found.append(Finding(name, "error", _listed(weights), message, numbers))
-    if stats:
-        message = (
-            "Buffers of frozen modules changed: running statistics follow the new data "
-            "although the weights beside them are frozen. Keep these modules in eval()."
-        )
-        numbers = _moved_numbers(stats, moved, len(buffers), steps)
-        found.append(Finding(name, "warning", _listed(stats), message, numbers))
+    weights = (
+        f"Frozen tensors changed in {steps} steps and one validation pass, though "
+        "requires_grad is False. Is the storage shared with a trainable tensor, or "
+        "written to in forward, train() or eval()?"
+    )
+    stats = (
+        "Buffers of frozen modules changed: running statistics follow the new data "
+        "although the weights beside them are frozen. Keep these modules in eval()."
+    )
+    kinds = ("error", params, weights), ("warning", buffers, stats)
+    for severity, those, message in kinds:
+        if names := [n for n in moved if n in those]:
+            numbers = {
+                "tensors": len(names),
+                "of_frozen_tensors": len(those),
+                "largest_change": max(moved[one] for one in names),
+                "steps": steps,
+            }
+            found.append(Finding(name, severity, _listed(names), message, numbers))
     return found, notes
-
-
-def _moved_numbers(
-    names: list[str], moved: dict[str, float], of: int, steps: int
-) -> dict[str, Any]:
-    return {
-        "tensors": len(names),
-        "of_frozen_tensors": of,
-        "largest_change": max(moved[one] for one in names),
-        "steps": steps,
-    }
 
 
 def _frozen_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 Severity = Literal["error", "warning"]
 _COLOURS = {"error": "#D55E00", "warning": "#E69F00"}
+_STYLE = {"error": "red", "warning": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -99,20 +100,11 @@ class Report:
         from rich.console import Console
         from rich.text import Text
 
-        console = console or Console()
-        style = "bold red" if self.findings else "bold green"
-        console.print(Text(f"Audit: {self.headline}", style=style))
-        for one in self.findings:
-            colour = "red" if one.severity == "error" else "yellow"
-            line = Text(f"\n{one.severity} ", style=f"bold {colour}")
-            line.append(f"{one.detector}: ", style="bold")
-            line.append(one.where, style="default")
-            console.print(line)
-            console.print(Text(f"  {one.message}"))
-            if one.numbers:
-                console.print(Text(f"  {one.numbers_text}", style="dim"))
-        for note in self.notes:
-            console.print(Text(f"\nnote: {note}", style="italic"))
+        text = Text(self.to_text())
+        text.highlight_regex("^Audit:.*", "bold red" if self.findings else "bold green")
+        for severity, colour in _STYLE.items():
+            text.highlight_regex(rf"(?m)^\[{severity}\]", f"bold {colour}")
+        (console or Console()).print(text)
 
     def _repr_html_(self) -> str:
         say = html.escape

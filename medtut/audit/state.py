@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -54,7 +55,7 @@ def preserved(model: nn.Module, optimizer: Any | None = None) -> Iterator[None]:
         for module in model.modules()
     ]
     stepped = copy.deepcopy(optimizer.state_dict()) if optimizer is not None else None
-    python_state, numpy_state = random.getstate(), _numpy_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:
             yield
@@ -75,19 +76,7 @@ def preserved(model: nn.Module, optimizer: Any | None = None) -> Iterator[None]:
             if stepped is not None:
                 optimizer.load_state_dict(stepped)
             random.setstate(python_state)
-            _set_numpy_state(numpy_state)
-
-
-def _numpy_state() -> Any:
-    import numpy as np
-
-    return np.random.get_state()
-
-
-def _set_numpy_state(state: Any) -> None:
-    import numpy as np
-
-    np.random.set_state(state)
+            np.random.set_state(numpy_state)
 
 
 def set_training(model: nn.Module, training: bool) -> None:

@@ -100,11 +100,7 @@ def _arguments(model: nn.Module, batch: Any) -> tuple[tuple, dict]:
         return (batch,), {}
     named = inspect.signature(model.forward).parameters.values()
     loose = {one.kind for one in named}
-    plain = [
-        one
-        for one in named
-        if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
-    ]
+    plain = [one for one in named if one.kind <= one.POSITIONAL_OR_KEYWORD]
     required = [one for one in plain if one.default is one.empty]
     if isinstance(batch, Mapping):
         if inspect.Parameter.VAR_KEYWORD in loose:

@@ -19,15 +19,9 @@ from medtut.course.doctor_code import CHECK_NAMES, CodeError, Decoded, decode, e
 from medtut.course.doctor_facts import ADDRESS, Facts
 
 __all__ = [
-    "CHECKS",
-    "Check",
-    "CodeError",
-    "Decoded",
-    "DoctorReport",
-    "Facts",
-    "decode",
+    "CHECKS", "Check", "CodeError", "Decoded", "DoctorReport", "Facts", "decode",
     "run_doctor",
-]
+]  # fmt: skip
 
 Status = Literal["ok", "warning", "failure"]
 

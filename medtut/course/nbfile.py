@@ -162,24 +162,6 @@ def clean(nb: Any, hide: dict[str, str] | None = None) -> Any:
     return nb
 
 
-def without_injected(nb: Any) -> Any:
-    """Remove the cell papermill put in, in place."""
-    nb.cells = [cell for cell in nb.cells if "injected-parameters" not in tags(cell)]
-    return nb
-
-
-def static_widgets(nb: Any) -> Any:
-    """Drop live widget views where the cell also shows a static picture, in place.
-
-    Without its state a view is a line of plain text; a cell that drew its default
-    with ``lesson.show`` keeps the picture only.
-    """
-    for cell in nb.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if VIEW not in o.get("data", {})]
-    return nb
-
-
 def _widget_outputs(nb: Any) -> Iterator[tuple[str, list[Any]]]:
     """Outputs caught by widgets, each with the outermost box that holds the widget."""
     states = nb.metadata.get("widgets", {}).get(WIDGETS, {}).get("state", {})
@@ -207,15 +189,9 @@ def _error_text(output: Any) -> str:
 
 
 def _hide(output: Any, hide: dict[str, str]) -> None:
-    def scrub(text: Any) -> Any:
-        if isinstance(text, list):
-            return [scrub(item) for item in text]
+    data = output.get("data", {})
+    texts = [(data, kind) for kind in data if kind.startswith("text/")]
+    for place, key in [*texts, (output, "text")]:
         for secret, shown in hide.items():
-            text = text.replace(secret, shown)
-        return text
-
-    if "text" in output:
-        output["text"] = scrub(output["text"])
-    for kind, content in output.get("data", {}).items():
-        if kind.startswith("text/"):
-            output["data"][kind] = scrub(content)
+            if key in place:  # nbformat has joined the lines of every text
+                place[key] = place[key].replace(secret, shown)

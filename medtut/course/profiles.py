@@ -118,11 +118,6 @@ def lesson_module(slug: str | int) -> ModuleType:
     )
 
 
-def settings_class(slug: str | int) -> type[LessonSettings]:
-    """Return the ``Settings`` class of a lesson."""
-    return lesson_module(slug).Settings
-
-
 def resolve(
     slug: str | int,
     profile: str | None = None,

@@ -11,11 +11,6 @@ from typing import Any
 
 _SCRIPT = re.compile(r"<script\b.*?</script>", re.DOTALL | re.IGNORECASE)
 _AWAY = re.compile(r"https?://(?!www\.w3\.org)", re.IGNORECASE)
-_FETCHED = re.compile(
-    r"""<(?:script|link|img|iframe|source|video|audio)\b[^>]*?\s(?:src|href)\s*=\s*
-        ["']?(https?:)?//|@import\s+(?:url\()?["']?(https?:)?//""",
-    re.IGNORECASE | re.VERBOSE,
-)
 # Spellings matplotlib's mathtext does not know, and those it does.
 _SPELLINGS = (
     (r"\\text(?:rm|normal)?\{", r"\\mathrm{"),
@@ -55,14 +50,6 @@ def to_html(nb: Any, title: str) -> str:
     nb.metadata["title"] = title
     page, _ = exporter.from_notebook_node(nb)
     return _SCRIPT.sub(_keep_script, page)
-
-
-def fetched_from_elsewhere(page: str) -> list[str]:
-    """Return the pieces of a page that a browser would fetch from the network."""
-    found = [match.group() for match in _FETCHED.finditer(page)]
-    for script in _SCRIPT.findall(page):
-        found += [script[:200]] if _AWAY.search(script) else []
-    return found
 
 
 def draw_math(markdown: str) -> str:
@@ -116,12 +103,8 @@ def _svg(tex: str) -> tuple[bytes, float, float] | None:
     figure = Figure(figsize=((width + 2 * pad) / 72, (height + 2 * pad) / 72), dpi=72)
     FigureCanvasSVG(figure)
     figure.patch.set_alpha(0)
-    figure.text(
-        pad / (width + 2 * pad),
-        (depth + pad) / (height + 2 * pad),
-        f"${tex}$",
-        fontsize=points,
-    )
+    place = pad / (width + 2 * pad), (depth + pad) / (height + 2 * pad)
+    figure.text(*place, f"${tex}$", fontsize=points)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return buffer.getvalue(), (height + 2 * pad) / points, (depth + pad) / points

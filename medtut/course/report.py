@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from medtut.course.profiles import SettingsError, lesson_module, profile_table
@@ -119,28 +120,9 @@ def _page(profile: str, cards: list[str]) -> str:
     warning = ""
     if not table.get("evidence", True):
         warning = '<p class="note">Numbers of this profile are not evidence.</p>'
-    style = Path(__file__).with_name("index.css").read_text(encoding="utf-8")
+    page = Path(__file__).with_name("index.html")
+    style = page.with_suffix(".css").read_text(encoding="utf-8")
     listing = "\n".join(cards) or "<li class='text'>No lesson has been run yet.</li>"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>The course, {profile} profile</title>
-<style>
-{style}</style>
-</head>
-<body>
-<header>
-<h1>Parameter-efficient fine-tuning for medical imaging</h1>
-<p>Profile <strong>{profile}</strong>: {meaning}.</p>
-{warning}
-</header>
-<main>
-<ul class="lessons">
-{listing}
-</ul>
-</main>
-</body>
-</html>
-"""
+    return Template(page.read_text(encoding="utf-8")).substitute(
+        profile=profile, meaning=meaning, warning=warning, style=style, listing=listing
+    )

@@ -89,13 +89,10 @@ def verify(name: str) -> dict[str, str]:
     result = {}
     for key, file in get(name).files.items():
         path = _place(name, file)
-        if not path.is_file():
-            result[key] = "missing"
-        elif path.stat().st_size != file.bytes:
-            result[key] = "wrong"
-        else:
-            right = download.sha256_of(path) == file.sha256
-            result[key] = "ok" if right else "wrong"
+        here = path.is_file()
+        right = here and path.stat().st_size == file.bytes
+        right = right and download.sha256_of(path) == file.sha256
+        result[key] = "ok" if right else "wrong" if here else "missing"
     return result
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
@@ -145,16 +146,8 @@ def write_by_rename(path: Path, make: Callable[[Path], None]) -> Path:
             "set MEDTUT_CACHE to another folder."
         ) from error
     finally:
-        _remove_folder(Path(folder))
+        shutil.rmtree(folder, ignore_errors=True)
     return path
-
-
-def _remove_folder(folder: Path) -> None:
-    for item in folder.glob("*"):
-        with contextlib.suppress(OSError):
-            item.unlink()
-    with contextlib.suppress(OSError):
-        folder.rmdir()
 
 
 def cached_file(

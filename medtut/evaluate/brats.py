@@ -206,15 +206,13 @@ def summary(scores: Sequence[Mapping[str, Any]]) -> Summary:
     deviation is the sample's (n - 1). Entries that are no numbers, such as ids, are
     skipped.
     """
-    rows = {}
+    rows, measures = {}, (np.mean, np.median, np.min, np.max)
     for key, values in case_table(scores).items():
         if values.dtype.kind not in "fiu":
             continue
         there = values[~np.isnan(values)]
         n = len(there)
-        said = [
-            f(there) if n else NOTHING for f in (np.mean, np.median, np.min, np.max)
-        ]
+        said = [measure(there) if n else NOTHING for measure in measures]
         deviation = np.std(there, ddof=1) if n > 1 else NOTHING
         rows[key] = dict(zip(COLUMNS, map(float, (*said, deviation, n)), strict=True))
     return Summary(rows)

@@ -355,3 +355,20 @@ def test_command_line_carries_the_fields(tmp_path, capsys):
     assert "shared patients 1" in capsys.readouterr().out
     assert run_audit(f"{file}:clean") == 0
     assert "metric_misbehaves" in capsys.readouterr().out
+
+
+def test_a_split_object_is_read_by_its_lists_of_names():
+    from medtut.audit import Subject
+    from medtut.data.splits import Split, split_cases
+
+    sound = split_cases([f"target_{i:03d}" for i in range(20)], seed=3)
+    assert split_shares_a_patient(Subject(split=sound)) == ([], [])
+    bare = Split(("a_1",), ("b_1",), ("c_1",), seed=0)
+    assert split_shares_a_patient(Subject(split=bare)) == ([], [])
+
+    class Careless:
+        def __init__(self):
+            self.train, self.test, self.seed = ["p1_z1"], ["p1_z2", "p2_z1"], 7
+
+    found, _ = split_shares_a_patient(Subject(split=Careless()))
+    assert found[0].numbers["shared_patients"] == 1

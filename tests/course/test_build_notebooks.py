@@ -5,8 +5,8 @@ import json
 import nbformat
 import pytest
 
-from medtut.course import notebooks, percent
 from medtut.errors import MedtutError
+from tools import notebooks, percent
 
 TEXT = """# ---
 # jupyter:

@@ -34,6 +34,30 @@ METRICS_01 = {
     "medclip_trainable_fraction": 1_708_644 / 29_621_214,
 }
 
+# Counts are exact; the rest is what claims/02.yml says it expects.
+METRICS_02 = {
+    "claimed_fraction": 141_312 / 28_053_882,
+    "true_trainable_fraction": 1_708_644 / 29_621_214,
+    "adapter_parameters": 141_312,
+    "trainable_parameters": 1_708_644,
+    "activations_gib": 0.6,
+    "all_background_published": 0.26,
+    "live_published": 0.5,
+    "oracle_16": 0.7,
+    "oracle_56": 0.9,
+    "sweep_published": 0.3,
+    "sweep_vector": 0.4,
+    "lora_minus_head": 0.06,
+    "lora_minus_head_low": 0.03,
+    "lora_minus_full": -0.05,
+    "lora_minus_full_low": -0.08,
+    "lora_minus_published": 0.2,
+    "lora_minus_published_low": 0.12,
+    "gif_patients": 3,
+    "leak_own_split_published_least": 0.01,
+    "leak_own_split_foreground_least": 0.02,
+}
+
 
 @pytest.fixture
 def write(tmp_path):
@@ -199,6 +223,63 @@ def test_lesson_01_as_expected():
     }
     smoke = judge("01_lora_math", {}, "smoke").verdicts()
     assert set(smoke.values()) == {"not at this scale", "not testable here"}
+
+
+def test_lesson_02_as_expected():
+    assert load_claims("02").lesson == "02_medclip_segmentation"
+    assert load_claims("02").metrics == set(METRICS_02)
+    verdicts = judge("02", METRICS_02, "quick").verdicts()
+    unlike = {name: v for name, v in verdicts.items() if v != "contradicted"}
+    assert unlike == {
+        "scheduler-log-and-curves": "not testable here",
+        "slices-of-brats": "not testable here",
+        "best-validation-dice": "not at this scale",
+        "lora-carries-the-model-over": "reproduced",
+        "dense-lora-beats-the-published-design": "reproduced",
+        "the-leak-raises-the-score": "reproduced",
+    }
+    full = judge("02", METRICS_02, "full").verdicts()
+    assert full == verdicts | {"best-validation-dice": "contradicted"}
+    smoke = judge("02", {}, "smoke").verdicts()
+    assert set(smoke.values()) == {"not at this scale", "not testable here"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "claim", "verdict"),
+    [
+        ({"true_trainable_fraction": 0.005}, "half-a-percent", "reproduced"),
+        ({"trainable_parameters": 141_312}, "only-adapters-are-trained", "reproduced"),
+        ({"activations_gib": 9.5}, "twelve-gigabytes", "reproduced"),
+        ({"sweep_vector": 0.34}, "imbalance-takes-care-of-itself", "reproduced"),
+        ({"all_background_published": 0}, "dice-averaged-over-classes", "reproduced"),
+        ({"oracle_56": 0.74}, "decoder-draws-at-full-size", "reproduced"),
+        ({"lora_minus_head_low": -0.01}, "lora-carries-the-model-over", "contradicted"),
+        ({"gif_patients": 1}, "one-patient-in-motion", "reproduced"),
+        (
+            {"lora_minus_published_low": 0.1},
+            "dense-lora-beats-the-published-design",
+            "contradicted",
+        ),
+        (
+            {"lora_minus_published": 0.14},
+            "dense-lora-beats-the-published-design",
+            "contradicted",
+        ),
+        (
+            {"leak_own_split_foreground_least": -0.01},
+            "the-leak-raises-the-score",
+            "contradicted",
+        ),
+        (
+            {"lora_minus_full": 0.0, "lora_minus_full_low": -0.01},
+            "lora-as-good-as-full",
+            "reproduced",
+        ),
+    ],
+)
+def test_lesson_02_could_come_out_otherwise(changes, claim, verdict):
+    verdicts = judge("02", METRICS_02 | changes, "quick").verdicts()
+    assert verdicts[claim] == verdict
 
 
 def test_rule_text_is_readable():

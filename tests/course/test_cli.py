@@ -44,6 +44,7 @@ def call(monkeypatch, capsys, *arguments):
         (["sweep", "90", "--seeds", "x"], "0-4"),
         (["sweep", "77"], "the lessons are: 90_tiny"),
         (["bench", "speed"], "no benchmark"),
+        (["bench", "lora"], "come with the repository"),
         (["nonsense"], "nonsense"),
     ],
 )
@@ -150,6 +151,20 @@ def test_how_errors_leave(monkeypatch, capsys, error, code, says):
     left, err = call(monkeypatch, capsys)
     assert left == code
     assert says in err
+
+
+def test_bench_runs_the_script_of_the_clone(course, monkeypatch, capsys):
+    script = course / "benchmarks" / "lora.py"
+    script.parent.mkdir()
+    (course / "pyproject.toml").write_text('name = "medtut"\n', encoding="utf-8")
+    script.write_text(
+        "import sys\nif __name__ == '__main__':\n    sys.exit(' '.join(sys.argv[1:]))",
+        encoding="utf-8",
+    )
+    below = course / "notebooks"
+    monkeypatch.chdir(below)
+    code, _ = call(monkeypatch, capsys, "bench", "lora", "--out", "here")
+    assert code == "--out here"
 
 
 def test_every_command_has_help():

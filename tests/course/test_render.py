@@ -2,8 +2,9 @@
 
 import nbformat
 import pytest
+from pages import fetched_from_elsewhere
 
-from medtut.course.render import draw_math, fetched_from_elsewhere, to_html
+from medtut.course.render import draw_math, to_html
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,12 @@ import json
 
 import nbformat
 import pytest
+from pages import fetched_from_elsewhere
 from rich.console import Console
 
 from medtut.course import engine, nbfile
 from medtut.course.catalog import find_lesson
 from medtut.course.profiles import SettingsError
-from medtut.course.render import fetched_from_elsewhere
 from medtut.course.runner import run_lessons
 from medtut.errors import MedtutError
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from medtut.course import slides
 from medtut.errors import MedtutError
+from tools import slides
 
 ROOT = Path(__file__).parents[2]
 DECKS = slides.decks(ROOT)

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from benchmarks import lora as bench
 from medtut.errors import MedtutError
-from medtut.lora import bench
 
 from .parity import close
 

@@ -160,7 +160,7 @@ def stable_ids(nb: Any, slug: str) -> list[str]:
     """Cell ids are those the build makes."""
     import copy
 
-    from medtut.course.percent import set_ids
+    from tools.percent import set_ids
 
     again = copy.deepcopy(nb)
     set_ids(again, slug)

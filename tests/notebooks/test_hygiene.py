@@ -12,8 +12,8 @@ import pytest
 
 from medtut.course import nbfile
 from medtut.course.catalog import LessonFile, all_lessons
-from medtut.course.notebooks import check_step
-from medtut.course.profiles import settings_class
+from medtut.course.profiles import lesson_module
+from tools.notebooks import check_step
 
 LESSONS = all_lessons()
 EVERY = pytest.mark.parametrize("lesson", LESSONS, ids=[one.slug for one in LESSONS])
@@ -68,7 +68,7 @@ def test_in_step_with_its_text(lesson):
 def test_parameters_are_the_settings(lesson):
     nb = read(lesson)
     names = nbfile.parameters(nb, lesson.path.name)
-    assert set(names) == set(settings_class(lesson.slug).model_fields)
+    assert set(names) == set(lesson_module(lesson.slug).Settings.model_fields)
     assert names["profile"] == "quick"
 
 

@@ -180,3 +180,40 @@ def chosen_rate(arm: str) -> float:
     if rates is None:
         raise MedtutError(f"no sweep of {arm}: run `medtut sweep 02 --arms {arm}`.")
     return float(rates[0])
+
+
+def real_patient(name: str) -> tuple[Any, Any]:
+    """A real scan as slices: images (Z, 224, 224) and tumour mask, both tensors.
+
+    ``brain1`` or ``brain2`` of the PyRadiomics test data: T1 with contrast agent and
+    with the skull, brought to the field of view of BraTS (240 mm) and normalised over
+    what is brighter than a tenth of its 99th percentile.
+
+    Raises
+    ------
+    AssetUnavailable
+        Without a network, when the file was not fetched before.
+    """
+    import torch
+    from monai import transforms as mt
+
+    from medtut.data.assets import fetch
+
+    files = fetch("pyradiomics-brain")
+    images = {"image": files[f"{name}_image"], "mask": files[f"{name}_label"]}
+    both = tuple(images)
+    read = mt.Compose(
+        [
+            mt.LoadImaged(both, ensure_channel_first=True),
+            mt.Orientationd(both, "RAS", labels=None),
+            mt.Spacingd(both, (1.0, 1.0, -1.0), mode=("bilinear", "nearest")),
+            mt.ResizeWithPadOrCropd(both, (240, 240, -1)),
+            mt.Resized(both, (224, 224, -1), mode=("trilinear", "nearest")),
+            mt.Rotate90d(both),
+        ]
+    )
+    found = read(images)
+    image, mask = (found[key].as_tensor()[0].permute(2, 0, 1) for key in both)
+    inside = image > 0.1 * torch.quantile(image[image > 0], 0.99)
+    scaled = (image - image[inside].mean()) / image[inside].std()
+    return torch.where(inside, scaled, 0.0).float(), mask > 0.5

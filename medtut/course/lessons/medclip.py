@@ -331,38 +331,51 @@ def held_out(
     return inflation(torch.cat(found), truth, [item["case"] for item in items])
 
 
-def real_patient(name: str) -> tuple[Any, Any]:
-    """A real scan as slices: images (Z, 224, 224) and tumour mask, both tensors.
+def decoder_alone(
+    model: nn.Module, task: Task, settings: Settings, seed: int, rounds: int = 5
+) -> list[tuple[int, float, float]]:
+    """Train a fresh published decoder on the vectors of `model`'s tower as it is.
 
-    ``brain1`` or ``brain2`` of the PyRadiomics test data: T1 with contrast agent and
-    with the skull, brought to the field of view of BraTS (240 mm) and normalised over
-    what is brighter than a tenth of its 99th percentile.
+    The vectors are computed once, so that many more steps are cheap: does the decoder
+    learn what holds for other patients, or does it learn the training slices by heart?
 
-    Raises
-    ------
-    AssetUnavailable
-        Without a network, when the file was not fetched before.
+    Returns
+    -------
+    (step, cross-entropy on training slices, on validation slices) at the beginning and
+    after each round of ``settings.steps`` steps, on the decoder's own 16 x 16 grid.
     """
     import torch
-    from monai import transforms as mt
+    from torch.nn import functional as F
 
-    from medtut.data.assets import fetch
+    from medtut.models.medclip import VectorDecoder
 
-    files = fetch("pyradiomics-brain")
-    images = {"image": files[f"{name}_image"], "mask": files[f"{name}_label"]}
-    both = tuple(images)
-    read = mt.Compose(
-        [
-            mt.LoadImaged(both, ensure_channel_first=True),
-            mt.Orientationd(both, "RAS", labels=None),
-            mt.Spacingd(both, (1.0, 1.0, -1.0), mode=("bilinear", "nearest")),
-            mt.ResizeWithPadOrCropd(both, (240, 240, -1)),
-            mt.Resized(both, (224, 224, -1), mode=("trilinear", "nearest")),
-            mt.Rotate90d(both),
-        ]
-    )
-    found = read(images)
-    image, mask = (found[key].as_tensor()[0].permute(2, 0, 1) for key in both)
-    inside = image > 0.1 * torch.quantile(image[image > 0], 0.99)
-    scaled = (image - image[inside].mean()) / image[inside].std()
-    return torch.where(inside, scaled, 0.0).float(), mask > 0.5
+    def vectors(part: str) -> tuple[Any, Any]:
+        arm = DESIGNS["published"]
+        data, used = slices_of(task, (part,), arm, settings.level_step)
+        items = [data[i] for i in used]
+        images = torch.stack([item["image"] for item in items]).split(8)
+        with torch.no_grad():
+            x = torch.cat([model.encoder.eval()(one.to(device)) for one in images])
+        labels = [F.one_hot(item["label"], 4).permute(2, 0, 1) for item in items]
+        share = torch.stack([F.avg_pool2d(one.float(), 14) for one in labels])
+        return x, share.to(device)
+
+    def entropy(x: Any, share: Any) -> Any:
+        return -(head(x).log_softmax(1) * share).sum(1).mean()
+
+    device = next(model.parameters()).device
+    known, unknown = vectors("train"), vectors("validation")
+    torch.manual_seed(seed)
+    head = VectorDecoder().to(device)
+    optimiser = torch.optim.AdamW(head.parameters(), lr=1e-3)
+    course = []
+    for step in range(rounds * settings.steps + 1):
+        if step % settings.steps == 0:
+            with torch.no_grad():
+                both = [float(entropy(*part)) for part in (known, unknown)]
+            course.append((step, *both))
+        pick = torch.randint(len(known[0]), (16,), device=device)
+        optimiser.zero_grad()
+        entropy(known[0][pick], known[1][pick]).backward()
+        optimiser.step()
+    return course

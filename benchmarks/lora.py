@@ -8,6 +8,7 @@ load on the machine hits all of them alike. Memory is the peak of one process pe
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import math
@@ -138,11 +139,12 @@ def _take_turns(
 def _memory_of(arm: str, batch: int, size: int, threads: int, seed: int) -> dict:
     """Peak memory of an arm in a process of its own: before, and over two steps."""
     code = (
-        "import json, torch; from medtut.lora import bench; "
+        "import json, torch; from benchmarks import lora; "
         f"torch.set_num_threads({threads}); "
-        f"print(json.dumps(bench._measure_memory({arm!r}, {batch}, {size}, {seed})))"
+        f"print(json.dumps(lora._measure_memory({arm!r}, {batch}, {size}, {seed})))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    root = Path(__file__).parents[1]  # where a process with -c finds this file
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=root)
     if result.returncode:
         tail = result.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise MedtutError(f"the memory run of {arm} failed: {' '.join(tail)}")
@@ -313,3 +315,19 @@ def to_markdown(result: dict[str, Any]) -> str:
 def _save(out: Path, result: dict[str, Any]) -> None:
     write_json(out / "lora_swin.json", result)
     write_text(out / "lora_swin.md", to_markdown(result))
+
+
+def main() -> None:
+    """Run the benchmark, show its table and write it."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    out = parser.parse_args().out
+    Console().print(Markdown(to_markdown(run_bench(out))))
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """``make notebooks``: the stored notebooks, built from their text and executed.
 
-``python -m medtut.course.notebooks build [SLUG...]`` and ``... check``.
+``python -m tools.notebooks build [SLUG...]`` and ``... check``.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from medtut.course import nbfile, percent
+from medtut.course import nbfile
 from medtut.course.catalog import notebooks_dir
 from medtut.course.profiles import SettingsError, _did_you_mean
 from medtut.errors import MedtutError
 from medtut.files import read_json, write_json
+from tools import percent
 
 
 def sources(folder: Path | str | None = None) -> dict[str, Path]:
@@ -63,7 +64,7 @@ def build_notebook(
         if before is not None:
             path.write_bytes(before)
         raise
-    nbfile.without_injected(nbfile.static_widgets(executed))
+    _only_what_lasts(executed)
     percent.set_ids(executed, slug)
     # The run may have recorded what the first screen says it costs.
     percent.stamp(executed, slug)
@@ -81,6 +82,19 @@ def check_step(slug: str, folder: Path | str | None = None) -> list[str]:
     return percent.differences(percent.read_text_form(text), nbfile.read_notebook(path))
 
 
+def _only_what_lasts(nb: Any) -> None:
+    """Remove the cell papermill put in, and live views of widgets, in place.
+
+    Without its state a view is a line of plain text; a cell that drew its default
+    with ``lesson.show`` keeps the picture only.
+    """
+    nb.cells = [c for c in nb.cells if "injected-parameters" not in nbfile.tags(c)]
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            shown = [o for o in cell.outputs if nbfile.VIEW not in o.get("data", {})]
+            cell.outputs = shown
+
+
 def _execute(slug: str, base: Path, profile: str) -> Any:
     from medtut.course.runner import run_lessons
 
@@ -96,7 +110,7 @@ def _execute(slug: str, base: Path, profile: str) -> Any:
 
 def main() -> None:
     """Run the command; errors meant for people are printed without a traceback."""
-    parser = argparse.ArgumentParser(prog="python -m medtut.course.notebooks")
+    parser = argparse.ArgumentParser(prog="python -m tools.notebooks")
     parser.add_argument("command", choices=("build", "check"))
     parser.add_argument("slugs", nargs="*", help="all by default")
     flag = argparse.BooleanOptionalAction

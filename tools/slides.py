@@ -1,9 +1,9 @@
 """``make slides``: decks with the numbers and figures of the executed lesson.
 
 A deck ``slides/01_lora_math.md`` names figures as ``figures/01_<name>.png`` and numbers
-as ``{{metric:format}}``. ``python -m medtut.course.slides`` copies the figures from the
-last quick run, puts in the numbers of ``notebooks/metrics/01_lora_math.json`` and
-leaves ``slides/.build/01_lora_math.md`` for marp, pictures inside, nothing to fetch.
+as ``{{metric:format}}``. ``python -m tools.slides`` copies the figures from the last
+quick run, puts in the numbers of ``notebooks/metrics/01_lora_math.json`` and leaves
+``slides/.build/01_lora_math.md`` for marp, pictures inside, nothing to fetch.
 """
 
 from __future__ import annotations

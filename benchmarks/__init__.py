@@ -1,0 +1,1 @@
+"""Measurements of speed and memory on one machine, their results, and the sweeps."""
