@@ -613,12 +613,12 @@ lesson.record(**{f"sweep_{name}": table.mean() for name, table in arms.items()})
 # What can be read off, in the order of how sure it is:
 #
 # - **The decoder decides.** With the published one nothing is found, with its loss or with
-#   ours; the same tower with a pyramid finds every test patient's tumour. Rank, scale and
+#   ours; the same tower with a pyramid marks the tumour of every test patient. Rank, scale and
 #   variant of the adapter are details beside that.
 # - **Adapting beats freezing.** LoRA is better than the pyramid on a frozen tower. It is also
 #   better than full fine-tuning at this length; full fine-tuning moves twenty times as many
 #   numbers and may want more steps than we gave all arms.
-# - **DoRA is LoRA here**, within what five seeds can tell.
+# - **DoRA is a shade above LoRA**, by less than the seeds of either differ among themselves.
 # - **Four sequences** say which part of a tumour enhances; FLAIR alone can only guess it from
 #   shape. That row is not a competitor, it has other information.
 #
@@ -645,9 +645,9 @@ for text, key in keys.items():
 
 # %% [markdown]
 # The same model, the same number of slices: only who is on which side differs. Without
-# background the leak adds a good part of what adapting the tower added over freezing it, and
-# no training detail changed. The published metric hides most of that gain under the background
-# class: one defect covers the other.
+# background the leak adds, on average, as much as adapting the tower added over freezing it,
+# and no training detail changed; one seed of five shows none. The published metric hides most
+# of that gain under the background class: one defect covers the other.
 #
 # ## 5 · Two real patients
 #

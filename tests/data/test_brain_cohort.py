@@ -60,14 +60,17 @@ def test_four_contrasts_of_one_head(patients):
         shape = tuple(recipe()["shape"])
         head = patient.images["t1"] > 0
         for image in patient.images.values():
-            assert image.shape == shape and image.dtype == np.float32
-            assert np.isfinite(image).all() and image.min() == 0
+            assert image.shape == shape
+            assert image.dtype == np.float32
+            assert np.isfinite(image).all()
+            assert image.min() == 0
             assert 0.6 < image.max() < 2.5
             assert ((image > 0) == head).mean() > 0.999
         # 1,200 to 2,000 ml inside the skull of an adult.
         assert 1.1e6 < 2 * head.sum() < 2.1e6
         # Brain fills its box: no head cut off at a border of the volume.
-        assert not head[[0, -1]].any() and not head[:, [0, -1]].any()
+        assert not head[[0, -1]].any()
+        assert not head[:, [0, -1]].any()
         assert not patient.label[~head].any()
 
 
@@ -99,7 +102,7 @@ def test_every_disease_is_in_its_place(patients):
     shell = ndimage.binary_dilation(necrosis) & ~necrosis
     assert (glioma.label[shell] == 3).mean() > 0.9
     # Oedema is one piece with the tumour.
-    pieces, count = ndimage.label(glioma.label > 0)
+    pieces, _count = ndimage.label(glioma.label > 0)
     sizes = np.bincount(pieces.ravel())[1:]
     assert sizes.max() > 0.97 * sizes.sum()
     assert glioma.findings["side"] in ("left", "right")
@@ -110,9 +113,11 @@ def test_every_disease_is_in_its_place(patients):
     assert 1 not in men.label
 
     x, _, z = np.array(np.nonzero(pituitary.label == 3)).mean(1)
-    assert abs(x - 119.5) < 12 and z < 30
+    assert abs(x - 119.5) < 12
+    assert z < 30
     assert set(np.unique(pituitary.label)) == {0, 3}
-    assert not healthy.label.any() and healthy.findings["ml"]["oedema"] == 0
+    assert not healthy.label.any()
+    assert healthy.findings["ml"]["oedema"] == 0
 
 
 def test_findings_agree_with_the_label(patients):
@@ -137,7 +142,8 @@ def test_one_threshold_does_not_solve_it():
 
 
 @pytest.mark.parametrize(
-    "wrong", [("gliom", "source", 1.0), ("glioma", "third", 1.0), ("glioma", "source", 0)]
+    "wrong",
+    [("gliom", "source", 1.0), ("glioma", "third", 1.0), ("glioma", "source", 0)],
 )
 def test_wrong_arguments_are_named(wrong):
     with pytest.raises(MedtutError, match="draw_patient"):
@@ -165,14 +171,16 @@ def test_brats_folders_are_read_by_the_real_reader(quick, patients):
 def test_passport_names_every_file_with_its_hash(quick):
     folder = cohort_folder(CohortSpec("target", ("glioma", "none"), count=2))
     passport = json.loads((folder / "passport.json").read_text("utf-8"))
-    assert passport["version"] == brain_cohort.version() and passport["licence"]
+    assert passport["version"] == brain_cohort.version()
+    assert passport["licence"]
     listed = {
         name: facts
         for patient in passport["patients"].values()
         for name, facts in patient["files"].items()
     }
     found = {p.relative_to(folder).as_posix() for p in folder.rglob("*.nii.gz")}
-    assert set(listed) == found and len(found) == 10
+    assert set(listed) == found
+    assert len(found) == 10
     for name, facts in listed.items():
         content = (folder / name).read_bytes()
         assert facts["sha256"] == hashlib.sha256(content).hexdigest()
@@ -197,7 +205,8 @@ def test_an_interrupted_cohort_goes_on(quick, monkeypatch):
     monkeypatch.setattr(brain_cohort, "draw_patient", draw)
     before = sorted(quick)
     folder = cohort_folder(spec)
-    assert 2 not in before and before
+    assert 2 not in before
+    assert before
     assert sorted(quick) == [0, 1, 2, 3]  # each was drawn once
     assert len(find_cases(folder)) == 4
     assert not list(folder.glob(".drawing*"))
@@ -229,7 +238,8 @@ def test_brats_men_names_and_labels(quick):
     kinds = ("seg", "t1c", "t1n", "t2f", "t2w")
     assert names == {f"-{k}.nii.gz" for k in kinds}
     mask = np.asarray(nibabel.load(case / f"{case.name}-seg.nii.gz").dataobj)
-    assert 3 in mask and 4 not in mask
+    assert 3 in mask
+    assert 4 not in mask
 
 
 def test_jpeg_folders_keep_a_patient_on_one_side(quick):
@@ -244,7 +254,8 @@ def test_jpeg_folders_keep_a_patient_on_one_side(quick):
         assert name.startswith(row["kind"].replace("none", "no"))
         sides.setdefault(row["patient"], set()).add(part)
         picture = Image.open(folder / row["file"])
-        assert picture.size == (512, 512) and picture.mode == "RGB"
+        assert picture.size == (512, 512)
+        assert picture.mode == "RGB"
     assert all(len(side) == 1 for side in sides.values())
     assert {s for side in sides.values() for s in side} == {"Training", "Testing"}
     assert len(rows) == len(list(folder.rglob("*.jpg")))

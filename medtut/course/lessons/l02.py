@@ -106,10 +106,10 @@ def tuned(name: str, settings: Settings) -> dict[str, float]:
 
     Kept in the cache, so that the five seeds of an arm tune once.
     """
-    size = settings.model_dump(exclude={"test_patients", "oracle_slices"}, mode="json")
+    # test_patients counts: it decides who is drawn, and who is in which part.
+    size = settings.model_dump(exclude={"oracle_slices", "out", "seed", "profile"})
     key = {"arm": repr(DESIGNS[name]), "cohort": COHORT_VERSION, **size}
     key |= {"rates": LEARNING_RATES}
-    key.pop("seed", None)
 
     def make(path: Path) -> None:
         task = load_task(settings)

@@ -255,7 +255,13 @@ def train_arm(
             scores, loss = judged_as_published(model, task, arm, coarse)
             return {"score": scores, "loss": loss}
         found = [predict(model, c, arm, coarse) for c in task.part("validation")]
-        return {"score": float(np.nanmean(foreground(found)))}
+        scores = foreground(found)
+        if np.isnan(scores).all():
+            raise MedtutError(
+                f"no tumour on every {coarse}th level of the validation patients "
+                f"({', '.join(task.split.validation)}): set level_step lower."
+            )
+        return {"score": float(np.nanmean(scores))}
 
     result = fit(
         model,
