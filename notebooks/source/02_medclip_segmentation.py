@@ -612,9 +612,10 @@ lesson.record(**{f"sweep_{name}": table.mean() for name, table in arms.items()})
 # %% [markdown]
 # What can be read off, in the order of how sure it is:
 #
-# - **The decoder decides.** With the published one nothing is found, with its loss or with
-#   ours; the same tower with a pyramid marks the tumour of every test patient. Rank, scale and
-#   variant of the adapter are details beside that.
+# - **The decoder decides.** With the published decoder and loss nothing is found. Our loss
+#   alone gets that decoder off the ground, to a coarse spot where the tumour often is. The same
+#   tower with a pyramid marks the tumour's parts. Rank, scale and variant of the adapter are
+#   details beside that.
 # - **Adapting beats freezing.** LoRA is better than the pyramid on a frozen tower. It is also
 #   better than full fine-tuning at this length; full fine-tuning moves twenty times as many
 #   numbers and may want more steps than we gave all arms.
