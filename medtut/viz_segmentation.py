@@ -25,7 +25,7 @@ CLASSES = {"necrotic core": VERMILION, "oedema": BLUE, "enhancing tumour": ORANG
 COLOURS = np.array([[0, 0, 0], [213, 94, 0], [0, 114, 178], [230, 159, 0]], np.uint8)
 # What the published suite paints: black, red, green, blue.
 PUBLISHED_COLOURS = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]])
-GIF_BYTES, GIF_SIDE = 200_000, 180
+GIF_BYTES, GIF_SIDE = 100_000, 150
 
 
 class Sample(NamedTuple):
@@ -281,7 +281,7 @@ def patient_gif(path: Path | str, samples: Sequence[Sample]) -> str:
 
     Parameters
     ----------
-    path : the GIF to write, by rename, below 200 kB: slices are left out evenly
+    path : the GIF to write, by rename, below 100 kB: slices are left out evenly
         (at most 24 frames) rather than the patient's outline blurred.
     samples : slices of one case, such as `slices_of` gives; put in order of z.
 

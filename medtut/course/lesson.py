@@ -28,7 +28,7 @@ from medtut.course.profiles import LessonSettings, SettingsError, profile_table,
 from medtut.errors import MedtutError
 from medtut.files import read_json, write_bytes, write_json
 
-FIGURE_BYTES = 100_000
+FIGURE_BYTES = 55_000
 FIGURE_DPI = (110, 90, 75, 60)
 NOT_EVIDENCE = "smoke profile: seconds of training, not evidence"
 
@@ -140,7 +140,7 @@ class Lesson:
         ------
         MedtutError
             Empty `alt`, a name that is no file name, or a figure that stays above
-            100 kB at the lowest resolution.
+            55 kB at the lowest resolution.
         """
         alt = " ".join(str(alt).split())
         if not alt:
@@ -246,7 +246,9 @@ def _png(fig: Any, name: str) -> bytes:
         buffer = io.BytesIO()
         fig.savefig(buffer, format="png", dpi=dpi, facecolor="white")
         image = Image.open(buffer).convert("RGB")
-        for picture in (image, image.quantize(256)):
+        # Maximum coverage: median cut would give a legend's rare colours to the greys.
+        few = image.quantize(256, method=Image.Quantize.MAXCOVERAGE)
+        for picture in (image, few):
             small = io.BytesIO()
             picture.save(small, format="png", optimize=True)
             if small.tell() <= FIGURE_BYTES:

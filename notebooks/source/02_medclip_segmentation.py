@@ -280,10 +280,10 @@ for name, result in [("no tumour found at all", nothing), ("the best 16 x 16 gri
 theirs
 
 # %% [markdown]
-# A model that finds nothing scores a quarter of the scale, because the background class is
-# nearly perfect and every other class is zero. The number the project reports, 0.669, has
-# that quarter inside it: if background scores 0.99, the three tumour classes average about
-# 0.56.
+# A model that finds nothing at all scores a quarter of the scale or more: the background class
+# is nearly perfect, the tumour classes of a batch are zero, and a class that a batch lacks is
+# left out of the mean. The number the project reports, 0.669, has that quarter inside it: if
+# background scores 0.99 beside three tumour classes, those average about 0.56.
 
 # %% [markdown]
 # ### 2.3 The split deals out slices, not patients
@@ -471,13 +471,13 @@ lesson.record(memorised_train=course[-1][1], memorised_validation=course[-1][2],
               least_validation=min(row[2] for row in course))
 
 # %% [markdown]
-# Given time, the decoder learns the training slices by heart: the loss falls there and *rises*
-# on other patients. So it is not patience that is missing. What the vector says about where a
-# tumour lies does not carry over to new patients with two dozen of them to learn from. The
-# authors had 368 patients, real MedCLIP weights and some hundred times as many updates; their
-# published pictures reach about 0.52 foreground Dice. We cannot test that here, so take our
-# zero as a statement about this size, and the ceiling of section 2.1 as the one that holds at
-# any size.
+# Five times the steps change nothing. The decoder settles on where tumours are *on average*:
+# its loss stays where it was on the training slices and creeps up on other patients. So it is
+# not patience that is missing. The vector, an average over all positions, hardly says where
+# this tumour lies, and two dozen patients do not teach the tower to say it. The authors had 368
+# patients, real MedCLIP weights and some hundred times as many updates; their published
+# pictures reach about 0.52 foreground Dice. We cannot test that here, so take our zero as a
+# statement about this size, and the ceiling of section 2.1 as the one that holds at any size.
 #
 # The published code keeps two files: the adapter, and the decoder. Ours are the same kind of
 # pair; Hugging Face peft reads the adapter.

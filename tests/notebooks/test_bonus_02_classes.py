@@ -97,7 +97,6 @@ def test_the_local_branch_keeps_every_pixel(scope):
     model(x)[0, 1, 100, 100].backward()
     strength = x.grad[0, 0].abs()
     # Three 3 x 3 convolutions; beyond them only the statistics of the norms.
-    near = strength[97:104, 97:104]
-    assert strength.argmax() == strength.flatten().tolist().index(near.max())
+    near = strength[97:104, 97:104].max()
     strength[97:104, 97:104] = 0
-    assert strength.max() < near.max() / 20
+    assert strength.max() < near / 20

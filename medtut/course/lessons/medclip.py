@@ -143,7 +143,6 @@ def build(arm: Arm | str, settings: Settings, weights: str | None = None) -> nn.
         inject(model, config, keep="^seg_head")
     else:
         model.encoder.requires_grad_(arm.method == "full")
-    model.seg_head.requires_grad_(True)
     if len(arm.modalities) > 1:
         # A frozen average of the modalities would throw their differences away.
         model.encoder.model.embeddings.patch_embeddings.requires_grad_(True)
@@ -342,8 +341,8 @@ def decoder_alone(
 ) -> list[tuple[int, float, float]]:
     """Train a fresh published decoder on the vectors of `model`'s tower as it is.
 
-    The vectors are computed once, so that many more steps are cheap: does the decoder
-    learn what holds for other patients, or does it learn the training slices by heart?
+    The vectors are computed once, so that many more steps are cheap: is the published
+    design merely under-trained?
 
     Returns
     -------
