@@ -422,19 +422,21 @@ print("the package's own has as many:", size(DenseDecoder()) == size(Pyramid()))
 # background is right; the project's own log shows a validation loss of 0.026 with a
 # foreground Dice near one half. We add soft Dice over the foreground classes (MONAI's
 # `DiceCELoss`), and normalise over the brain of the whole volume rather than over each slice
-# with its air. Everything else stays as published: rank 8, α = 16, query and value, dropout
-# 0.1, AdamW, cosine, early stopping with a patience of 5.
+# with its air. The adapter stays as published: rank 8, α = 16, query and value, dropout 0.1,
+# AdamW. The cosine schedule that was promised is there, the learning rate is tuned for every
+# arm, and the gradient of the decoder is clipped like that of the tower.
 #
 # ### 3.3 The tower
 #
 # MedCLIP's own weights come from its official address in the `full` profile. Without a
 # network and a GPU we use a small tower: Swin-Tiny's shape at a third of the width,
-# pretrained by this project as MedCLIP was, by matching pictures with reports, on slices of
-# the *source* scanner and reports generated from the same drawings. It has learned words
-# such as "left", "large" or "necrotic", but it has never seen a mask.
+# pretrained by this project on slices of the *source* scanner, by matching pictures with
+# generated reports as MedCLIP does, and by telling from one sequence what the others would
+# show, in the place of MedCLIP's ImageNet weights. It has met words such as "large" or
+# "necrotic", it never saw a mask, and its card says how little it knows about sides.
 #
-# Both designs train now, live, on the same patients with the same number of steps, each at
-# the learning rate that validation chose for it in the sweep (section 4). The weights of the
+# Both designs train now, live, on the same patients, each at the learning rate that validation
+# chose for it in the sweep (section 4); the published one gets twice the steps. The weights of the
 # best validation are kept. The log is written line by line and an interrupted run resumes.
 
 # %%
