@@ -7,11 +7,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Exit, Option, Typer, echo
 
 from medtut.errors import MedtutError
 
-app = typer.Typer(
+app = Typer(
     name="medtut",
     help="Parameter-efficient fine-tuning for medical imaging: run, measure, check.",
     no_args_is_help=True,
@@ -19,57 +19,33 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-assets_app = typer.Typer(
-    help="Weights and data sets with a pinned hash.", no_args_is_help=True
-)
+assets_app = Typer(help="Weights and data sets, hashes pinned.", no_args_is_help=True)
 app.add_typer(assets_app, name="assets")
 
 
-class Profile(StrEnum):
-    """The three profiles, for the help text."""
-
-    smoke = "smoke"
-    quick = "quick"
-    full = "full"
-
-
+Profile = StrEnum("Profile", ["smoke", "quick", "full"])
 ProfileOption = Annotated[
-    Profile,
-    typer.Option(envvar="MEDTUT_PROFILE", help="How much to compute."),
+    Profile, Option(envvar="MEDTUT_PROFILE", help="How much to compute.")
+]
+Sets = Annotated[
+    list[str] | None, Option("--set", metavar="NAME=VALUE", help="Change a setting.")
 ]
 
 
 @app.command()
 def run(
     lessons: Annotated[
-        list[str] | None,
-        typer.Argument(help="Numbers or names, as 01 or bonus/01_name."),
+        list[str] | None, Argument(help="Numbers or names, as 01 or bonus/01_name.")
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Run every lesson.")] = False,
+    every: Annotated[bool, Option("--all", help="Run every lesson.")] = False,
     profile: ProfileOption = Profile.quick,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Change a setting."),
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder with your own data set.")
-    ] = None,
-    solve: Annotated[
-        bool, typer.Option("--solve", help="Put the solutions into the exercises.")
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Write here in the place of build/.")
-    ] = None,
-    timeout: Annotated[
-        float | None, typer.Option(min=1, help="Seconds one cell may take.")
-    ] = None,
-    record_costs: Annotated[
-        bool,
-        typer.Option("--record-costs", help="Note time and memory in benchmarks/."),
-    ] = False,
+    sets: Sets = None,
+    data: Annotated[Path | None, Option(help="Folder with your own data set.")] = None,
+    solve: Annotated[bool, Option("--solve", help="Solve the exercises.")] = False,
+    out: Annotated[Path | None, Option(help="Write here, not in build/.")] = None,
+    timeout: Annotated[float | None, Option(min=1, help="Seconds per cell.")] = None,
     notebooks: Annotated[
-        Path | None,
-        typer.Option(envvar="MEDTUT_NOTEBOOKS", help="Another folder of notebooks."),
+        Path | None, Option(envvar="MEDTUT_NOTEBOOKS", help="Their folder, if another.")
     ] = None,
 ) -> None:
     """Run lessons headlessly; pages, figures and numbers go to build/<profile>/."""
@@ -80,61 +56,43 @@ def run(
         raise SettingsError("give lessons or --all, not both")
     if not every and not lessons:
         raise SettingsError("which lesson? Give its number (medtut run 01), or --all")
+    chosen, given = None if every else lessons, parse_sets(sets)
     runs = run_lessons(
-        None if every else lessons,
-        profile.value,
-        parse_sets(sets),
-        data,
-        out,
-        solve,
-        timeout,
-        notebooks=notebooks,
-        record_costs=record_costs,
+        chosen, profile.value, given, data, out, solve, timeout, notebooks=notebooks
     )
     if not all(one.ok for one in runs):
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 @app.command()
 def sweep(
-    lesson: Annotated[str, typer.Argument(help="Number or name of the lesson.")],
-    arms: Annotated[
-        str | None, typer.Option(help="Comma-separated names; all by default.")
-    ] = None,
-    seeds: Annotated[str, typer.Option(help="As 0-4 or 0,2,5.")] = "0-4",
+    lesson: Annotated[str, Argument(help="Number or name of the lesson.")],
+    arms: Annotated[str | None, Option(help="Comma-separated; default all.")] = None,
+    seeds: Annotated[str, Option(help="As 0-4 or 0,2,5.")] = "0-4",
     profile: ProfileOption = Profile.quick,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Change a setting."),
-    ] = None,
+    sets: Sets = None,
     out: Annotated[
-        Path | None, typer.Option(help="Default: benchmarks/sweeps/<lesson>.")
+        Path | None, Option(help="Default: benchmarks/sweeps/<lesson>.")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Overwrite runs made with other settings.")
+        bool, Option("--force", help="Overwrite runs made with other settings.")
     ] = False,
 ) -> None:
     """Train arms times seeds and keep one JSON per run; restartable run by run."""
     from medtut.course.profiles import parse_sets
     from medtut.course.sweep import parse_seeds, run_sweep
 
-    runs = run_sweep(
-        lesson,
-        arms=[name.strip() for name in arms.split(",")] if arms else None,
-        seeds=parse_seeds(seeds),
-        profile=profile.value,
-        overrides=parse_sets(sets),
-        out=out,
-        force=force,
-    )
+    names = [name.strip() for name in arms.split(",")] if arms else None
+    which, given = parse_seeds(seeds), parse_sets(sets)
+    runs = run_sweep(lesson, names, which, profile.value, given, out, force)
     if any("error" in one for one in runs):
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 @app.command()
 def doctor(
     code: Annotated[
-        str | None, typer.Option("--decode", help="Read a collected result code.")
+        str | None, Option("--decode", help="Read a collected result code.")
     ] = None,
 ) -> None:
     """Check Python, packages, device, memory, disk, network and cache."""
@@ -143,30 +101,25 @@ def doctor(
     from medtut.course.doctor import decode, run_doctor
 
     if code is not None:
-        typer.echo(decode(code).to_text())
+        echo(decode(code).to_text())
         return
-
     report = run_doctor()
     report.render(Console())
-    raise typer.Exit(report.exit_code)
+    raise Exit(report.exit_code)
 
 
 @app.command()
-def audit(
-    target: Annotated[str, typer.Argument(metavar="FILE.py:FACTORY")],
-) -> None:
+def audit(target: Annotated[str, Argument(metavar="FILE.py:FACTORY")]) -> None:
     """Look for known defects in a model that a function of yours returns."""
     from medtut.audit.cli import run_audit
 
-    raise typer.Exit(run_audit(target))
+    raise Exit(run_audit(target))
 
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="What to measure: lora.")] = "lora",
-    out: Annotated[Path, typer.Option(help="Folder for JSON and table.")] = Path(
-        "benchmarks/results"
-    ),
+    name: Annotated[str, Argument(help="What to measure: lora.")] = "lora",
+    out: Annotated[str, Option(help="Folder for the files.")] = "benchmarks/results",
 ) -> None:
     """Measure speed and memory, side by side in one run."""
     if name != "lora":
@@ -181,7 +134,7 @@ def bench(
             "benchmarks come with the repository, not with the package: clone it and "
             f"call medtut bench {name} there"
         )
-    sys.argv[1:] = ["--out", str(out)]
+    sys.argv[1:] = ["--out", out]
     runpy.run_path(str(script), run_name="__main__")
 
 
@@ -204,9 +157,7 @@ def assets_list() -> None:
 
 
 @assets_app.command("fetch")
-def assets_fetch(
-    names: Annotated[list[str], typer.Argument(help="Names, or all.")],
-) -> None:
+def assets_fetch(names: Annotated[list[str], Argument(help="Names, or all.")]) -> None:
     """Download into the cache, checking every byte."""
     from medtut.data.assets import ASSETS, AssetError, fetch
 
@@ -214,18 +165,17 @@ def assets_fetch(
     for name in list(ASSETS) if names == ["all"] else names:
         try:
             for label, path in fetch(name).items():
-                typer.echo(f"{name}  {label}  {path}")
+                echo(f"{name}  {label}  {path}")
         except AssetError as error:  # the others may be had all the same
-            typer.echo(f"medtut: {error}", err=True)
+            echo(f"medtut: {error}", err=True)
             bad = True
-    if bad:
-        raise typer.Exit(2)
+    raise Exit(2 if bad else 0)
 
 
 @assets_app.command("verify")
 def assets_verify(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Names; by default what is here.")
+        list[str] | None, Argument(help="Names; by default what is here.")
     ] = None,
 ) -> None:
     """Compute the hashes again; exit code 1 when a file is missing or wrong."""
@@ -236,17 +186,16 @@ def assets_verify(
     for name in names or here:
         for label, state in verify(name).items():
             bad |= state != "ok"
-            typer.echo(f"{name}  {label}  {state}")
-    if bad:
-        raise typer.Exit(1)
+            echo(f"{name}  {label}  {state}")
+    raise Exit(int(bad))
 
 
 @assets_app.command("card")
-def assets_card(name: Annotated[str, typer.Argument()]) -> None:
+def assets_card(name: str) -> None:
     """Show source, licence, hash and contents of one asset."""
     from medtut.data.assets import describe
 
-    typer.echo(describe(name))
+    echo(describe(name))
 
 
 def main() -> None:
@@ -260,15 +209,8 @@ def main() -> None:
     except MedtutError as error:
         print(f"medtut: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(_stopped()) from None
-    except SystemExit as left:
+    except (KeyboardInterrupt, SystemExit) as left:
         # typer turns Ctrl-C into this code without a word.
-        if left.code == 130:
-            _stopped()
-        raise
-
-
-def _stopped() -> int:
-    print("medtut: stopped", file=sys.stderr)
-    return 130
+        if (code := getattr(left, "code", 130)) == 130:
+            print("medtut: stopped", file=sys.stderr)
+        raise SystemExit(code) from None

@@ -5,10 +5,37 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from medtut.errors import MedtutError
+
+
+@contextlib.contextmanager
+def renamed(path: Path | str, error: type[MedtutError] = MedtutError) -> Iterator[Path]:
+    """Give a temporary name beside `path`; what is written there becomes `path`.
+
+    Raises
+    ------
+    MedtutError
+        Or another `error`, when the file cannot be written; an earlier one stays.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as failed:  # the latter is torch.save's full disk
+        why = getattr(failed, "strerror", None) or failed
+        raise error(
+            f"cannot write {path}: {why}; choose another folder, or make room in this "
+            "one and make it writable (what was there before is untouched)"
+        ) from failed
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
@@ -19,21 +46,9 @@ def write_bytes(path: Path, content: bytes) -> Path:
     MedtutError
         When the folder cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with renamed(path) as partial:
         partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        raise MedtutError(
-            f"cannot write {path}: {error.strerror or error}; choose another folder "
-            "with --out, or make this one writable"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-    return path
+    return Path(path)
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -18,13 +19,10 @@ PACKAGES = ("medtut", "torch", "torchvision", "monai", "numpy")
 @cache
 def cpu_model() -> str:
     """Return the processor's marketing name, or its architecture."""
-    try:
+    with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    if match:
-        return " ".join(match.group(1).split())
+        if match := re.search(r"(?m)^model name\s*:\s*(.+)$", text):
+            return " ".join(match[1].split())
     return platform.processor() or platform.machine() or "unknown"
 
 
@@ -60,13 +58,15 @@ def describe_machine() -> dict[str, object]:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages a number depends on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: version for name in PACKAGES if (version := version_of(name))}
+    return {"python": platform.python_version(), **found}
+
+
+def version_of(package: str) -> str | None:
+    """Return the installed version of a package, None when it is not there."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return None
 
 
 def peak_memory() -> int:

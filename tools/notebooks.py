@@ -12,6 +12,7 @@ from typing import Any
 
 from medtut.course import nbfile
 from medtut.course.catalog import notebooks_dir
+from medtut.course.files import repository_root
 from medtut.course.profiles import SettingsError, _did_you_mean
 from medtut.errors import MedtutError
 from medtut.files import read_json, write_json
@@ -95,14 +96,22 @@ def _only_what_lasts(nb: Any) -> None:
             cell.outputs = shown
 
 
+def record(run: Any, profile: str) -> Path:
+    """Note time and memory of a successful run in ``benchmarks/costs.json``."""
+    file = repository_root() / "benchmarks" / "costs.json"
+    costs = read_json(file, {})
+    keep = ("seconds", "peak_memory_mb", "device", "cpu", "cores", "torch")
+    costs.setdefault(run.slug, {})[profile] = {key: run.cost.get(key) for key in keep}
+    return write_json(file, dict(sorted(costs.items())))
+
+
 def _execute(slug: str, base: Path, profile: str) -> Any:
     from medtut.course.runner import run_lessons
 
-    (run,) = run_lessons(
-        [slug], profile, notebooks=base, inject=False, record_costs=True
-    )
+    (run,) = run_lessons([slug], profile, notebooks=base, inject=False)
     if not run.ok:
         raise MedtutError(f"{slug}: the run failed, the stored notebook is unchanged")
+    record(run, profile)
     metrics = read_json(run.folder / "metrics.json")
     write_json(base / "metrics" / f"{slug}.json", metrics)
     return run.nb

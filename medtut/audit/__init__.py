@@ -15,6 +15,7 @@ from medtut.audit.detectors import (
     frozen_that_moved,
     trainable_without_gradient,
 )
+from medtut.audit.loss_checks import evaluation_misbehaves, loss_misbehaves
 from medtut.audit.metric_checks import metric_misbehaves
 from medtut.audit.report import Finding, Report
 from medtut.audit.state import preserved
@@ -28,9 +29,9 @@ from medtut.audit.subject import (
 
 __all__ = [
     "DETECTORS", "Finding", "Report", "Subject", "SubjectError",
-    "adapters_change_nothing", "audit", "find_adapters", "frozen_that_moved",
-    "hwc_viewed_as_chw", "load_factory", "metric_misbehaves",
-    "split_shares_a_patient", "trainable_without_gradient",
+    "adapters_change_nothing", "audit", "evaluation_misbehaves", "find_adapters",
+    "frozen_that_moved", "hwc_viewed_as_chw", "load_factory", "loss_misbehaves",
+    "metric_misbehaves", "split_shares_a_patient", "trainable_without_gradient",
 ]  # fmt: skip
 
 # Every detector and what of a subject it looks at: it runs where one of these is there.
@@ -41,6 +42,8 @@ _LOOKS_AT = {
     split_shares_a_patient: ("split",),
     hwc_viewed_as_chw: ("images", "batch"),
     metric_misbehaves: ("metric",),
+    loss_misbehaves: ("segmentation_loss",),
+    evaluation_misbehaves: ("evaluation",),
 }
 DETECTORS = {one.__name__: one for one in _LOOKS_AT}
 
@@ -52,7 +55,7 @@ def audit(subject: Any) -> Report:
     ----------
     subject : Subject, nn.Module or dict
         What to audit; a bare model gets a made-up batch where that is possible, a
-        split, images or a metric can be audited without a model.
+        split, images, a loss, a metric or an evaluation need no model.
 
     Returns
     -------

@@ -29,7 +29,7 @@ class Subject:
     ----------
     model : nn.Module, optional
         The model, adapters attached, in the state in which training would start.
-        Without one only the detectors of `split`, `images` and `metric` run.
+        Without one only the detectors of data, losses and metrics run.
     batch : tensor, tuple, list or dict, optional
         One batch. A tuple gives the model as many items as its forward requires, so
         (image, target) works; a dict gives the keys that forward names.
@@ -48,6 +48,12 @@ class Subject:
         Images (B, C, H, W) as the model gets them; by default those of `batch`.
     metric : callable, optional
         ``metric(prediction, label) -> number`` of two label maps.
+    segmentation_loss : callable, optional
+        ``segmentation_loss(logits, target) -> scalar tensor`` of (B, 1, H, W) each,
+        target 0 or 1: the criterion alone, where `loss` runs the model as well.
+    evaluation : callable, optional
+        ``evaluation(model, image, label) -> number``: your validation of one volume
+        (X, Y, Z), from slicing to score.
     predictions : Any
         For detectors of other kinds.
     expects_adapters : bool, optional
@@ -64,6 +70,8 @@ class Subject:
     patient_of: Callable[[Any], Any] | None = None
     images: Any = None
     metric: Callable[[Any, Any], Any] | None = None
+    segmentation_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    evaluation: Callable[[nn.Module, Any, Any], Any] | None = None
     predictions: Any = None
     expects_adapters: bool | None = None
 
@@ -234,10 +242,11 @@ def as_subject(value: Any, origin: str = "the factory") -> Subject:
             "dict with 'model', or a medtut.audit.Subject."
         )
     data = subject.split, subject.images, subject.metric
+    data += subject.segmentation_loss, subject.evaluation
     if subject.model is None and all(one is None for one in data):
         raise SubjectError(
-            f"What {origin} returned has no 'model', and no split, images or metric "
-            "either."
+            f"What {origin} returned has no 'model', and no split, images, metric, "
+            "segmentation_loss or evaluation either."
         )
     if not isinstance(subject.model, nn.Module | None):
         kind = type(subject.model).__name__

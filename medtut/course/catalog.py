@@ -23,8 +23,7 @@ class LessonFile:
     @property
     def number(self) -> str:
         """The two digits the name starts with."""
-        match = re.match(r"\d+", self.path.name)
-        return f"{int(match.group()):02d}" if match else ""
+        return f"{int(re.match(r'[0-9]+', self.path.name)[0]):02d}"
 
     @property
     def bonus(self) -> bool:
@@ -83,21 +82,16 @@ def find_lesson(name: str | int, folder: Path | str | None = None) -> LessonFile
 
 
 @contextlib.contextmanager
-def environment(**values: str | None) -> Iterator[None]:
-    """Set environment variables for a while; None removes one.
+def environment(**values: str) -> Iterator[None]:
+    """Set environment variables for a while.
 
     Kernels started meanwhile inherit them.
     """
     kept = {key: os.environ.get(key) for key in values}
-
-    def put(these: dict[str, str | None]) -> None:
-        for key, value in these.items():
-            os.environ.pop(key, None)
-            if value is not None:
-                os.environ[key] = value
-
+    os.environ.update(values)
     try:
-        put(values)
         yield
     finally:
-        put(kept)
+        for key, value in kept.items():
+            os.environ.pop(key)
+            os.environ.update({key: value} if value is not None else {})

@@ -7,8 +7,10 @@ to write one.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
+from operator import eq, ge, gt, le, lt
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,6 +24,7 @@ Op = Literal["==", "<=", ">=", "<", ">"]
 
 FOLDER = Path(__file__).with_name("claims")
 _SIGNS = {"==": "=", "<=": "≤", ">=": "≥", "<": "<", ">": ">"}
+_COMPARE = dict(zip(_SIGNS, (eq, le, ge, lt, gt), strict=True))
 
 
 class ClaimsError(MedtutError):
@@ -104,14 +107,7 @@ class Rule(_Strict):
         """Whether a number satisfies the condition."""
         if self.between:
             return self.between[0] <= number <= self.between[1]
-        compared = {
-            "==": number == self.value,
-            "<=": number <= self.value,
-            ">=": number >= self.value,
-            "<": number < self.value,
-            ">": number > self.value,
-        }
-        return compared[self.op]
+        return _COMPARE[self.op](number, self.value)
 
 
 class Claim(_Strict):
@@ -138,6 +134,11 @@ class Claim(_Strict):
     testable: bool = True
     reason: str | None = None
 
+    @property
+    def metrics(self) -> list[str]:
+        """Every metric the rules read, once, in order."""
+        return sorted({key for rule in self.rules for key in rule.metrics})
+
     @model_validator(mode="after")
     def _whole(self) -> Claim:
         if self.testable and not (self.rules and self.scale_required):
@@ -160,15 +161,14 @@ class ClaimSet(_Strict):
     @model_validator(mode="after")
     def _ids_differ(self) -> ClaimSet:
         ids = [claim.id for claim in self.claims]
-        twice = sorted({one for one in ids if ids.count(one) > 1})
-        if twice:
+        if twice := sorted({one for one in ids if ids.count(one) > 1}):
             raise ValueError(f"used twice: {', '.join(twice)}")
         return self
 
     @property
     def metrics(self) -> set[str]:
         """Every metric the claims read."""
-        return {key for c in self.claims for rule in c.rules for key in rule.metrics}
+        return {key for claim in self.claims for key in claim.metrics}
 
 
 def _number(metrics: Mapping[str, Any], key: str) -> float:
@@ -219,13 +219,9 @@ def load_claims(slug: str | int, folder: Path | None = None) -> ClaimSet:
 
 def _fault(error: Mapping[str, Any], raw: Any) -> str:
     """Say one validation fault with the claim's id and a list of what is allowed."""
-    place = list(error["loc"])
-    named = ""
-    if len(place) > 1 and place[0] == "claims":
-        try:
-            named = f" ({raw['claims'][place[1]]['id']})"
-        except (LookupError, TypeError):
-            named = ""
+    place, named = list(error["loc"]), ""
+    with contextlib.suppress(LookupError, TypeError):
+        named = f" ({raw['claims'][place[1]]['id']})"
     said = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         said = "is not a known key"
@@ -265,7 +261,7 @@ def judge(
         f"  {key} (claim {claim.id})"
         for claim in claims.claims
         if profile in claim.scale_required and profile != "smoke"
-        for key in sorted({k for rule in claim.rules for k in rule.metrics})
+        for key in claim.metrics
         if metrics.get(key) is None
     ]
     if missing:
@@ -281,18 +277,15 @@ def judge(
 def _judge_one(claim: Claim, metrics: Mapping[str, Any], profile: str) -> Row:
     if not claim.testable:
         return Row(claim, "not testable here", (), claim.reason or "")
-    rules = claim.rules
-    there = all(metrics.get(k) is not None for rule in rules for k in rule.metrics)
+    rules, there = claim.rules, all(metrics.get(k) is not None for k in claim.metrics)
     measured = tuple((r.quantity, r.measure(metrics)) for r in rules) if there else ()
     if profile not in claim.scale_required or not there:
-        needs = " or ".join(claim.scale_required)
-        smoke = "smoke is not evidence"
-        detail = smoke if profile == "smoke" else f"decided in {needs}"
+        detail = f"decided in {' or '.join(claim.scale_required)}"
+        if profile == "smoke":
+            detail = "smoke is not evidence"
         return Row(claim, "not at this scale", measured, detail)
     failed = [
-        str(rule)
-        for rule, (_, number) in zip(rules, measured, strict=True)
-        if not rule.holds(number)
+        str(r) for r, (_, x) in zip(rules, measured, strict=True) if not r.holds(x)
     ]
     if failed:
         return Row(claim, "contradicted", measured, "not so: " + " and ".join(failed))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from medtut.course.render import fill
 
 if TYPE_CHECKING:
     from medtut.course.claims import Claim
@@ -20,6 +21,8 @@ _COLOURS = {
     "not testable here": "#999999",
 }
 
+_STORED = {"id", "source", "statement", "expectation"}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -29,6 +32,11 @@ class Row:
     verdict: Verdict
     measured: tuple[tuple[str, float], ...]
     detail: str
+
+    @property
+    def source(self) -> str:
+        """Who said it, and where."""
+        return f"{self.claim.source.citation}, {self.claim.source.where}"
 
     @property
     def measured_text(self) -> str:
@@ -55,10 +63,7 @@ class ClaimTable:
             "profile": self.profile,
             "claims": [
                 {
-                    "id": row.claim.id,
-                    "source": row.claim.source.model_dump(),
-                    "statement": row.claim.statement,
-                    "expectation": row.claim.expectation,
+                    **row.claim.model_dump(include=_STORED),
                     "rules": [str(rule) for rule in row.claim.rules],
                     "measured": dict(row.measured),
                     "verdict": row.verdict,
@@ -72,10 +77,9 @@ class ClaimTable:
         """One short block per claim."""
         blocks = [f"Reality check of {self.lesson}, profile {self.profile}"]
         for row in self.rows:
-            source = row.claim.source
             blocks.append(
                 f"[{row.verdict}] {row.claim.statement}\n"
-                f"  source:   {source.citation}, {source.where}\n"
+                f"  source:   {row.source}\n"
                 f"  expected: {row.claim.expectation}\n"
                 f"  measured: {row.measured_text or '–'} ({row.detail})"
             )
@@ -87,34 +91,4 @@ class ClaimTable:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head = "".join(
-            f"<th scope='col' style='text-align:left'>{name}</th>"
-            for name in ("Claim", "Expected before the run", "Measured", "Verdict")
-        )
-        body = "".join(self._html_row(row) for row in self.rows)
-        caption = f"Reality check of {self.lesson}, profile {self.profile}"
-        return (
-            f"<table><caption>{html.escape(caption)}</caption>"
-            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        )
-
-    @staticmethod
-    def _html_row(row: Row) -> str:
-        claim, say = row.claim, html.escape
-        source = f"{claim.source.citation}, {claim.source.where}"
-        measured = say(row.measured_text).replace("; ", "<br>") or "–"
-        verdict = (
-            f"<strong style='border-left:4px solid {_COLOURS[row.verdict]};"
-            f"padding-left:.4em'>{row.verdict}</strong>"
-        )
-        cells = (
-            f"{say(claim.statement)}<br><small>{say(source)}</small>",
-            say(claim.expectation),
-            f"{measured}<br><small>{say(row.detail)}</small>",
-            verdict,
-        )
-        return (
-            "<tr>"
-            + "".join(f"<td style='text-align:left'>{cell}</td>" for cell in cells)
-            + "</tr>"
-        )
+        return fill("claims.html", colours=_COLOURS, **vars(self))

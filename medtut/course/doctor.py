@@ -61,20 +61,17 @@ def check_packages(facts: Facts) -> Check:
 
     every = map(Requirement, facts.requirements())
     needed = [r for r in every if not r.marker or r.marker.evaluate({"extra": ""})]
-    wanted, faults = [], []
+    faults = {}
     for one in needed:
-        version = facts.version(one.name)
+        wanted, version = f'"{one.name}{one.specifier}"', facts.version(one.name)
         if version is None:
-            faults.append(f"{one.name} is missing")
+            faults[wanted] = f"{one.name} is missing"
         elif not one.specifier.contains(version, prereleases=True):
-            faults.append(f"{one.name} is {version}, needs {one.specifier}")
-        else:
-            continue
-        wanted.append(f'"{one.name}{one.specifier}"')
+            faults[wanted] = f"{one.name} is {version}, needs {one.specifier}"
     if not faults:
         return Check("packages", "ok", f"all {len(needed)} within their ranges")
-    cure = f"python -m pip install {' '.join(wanted)}"
-    return Check("packages", "failure", "; ".join(faults), cure)
+    cure = f"python -m pip install {' '.join(faults)}"
+    return Check("packages", "failure", "; ".join(faults.values()), cure)
 
 
 def check_torch_pair(facts: Facts) -> Check:
@@ -82,30 +79,24 @@ def check_torch_pair(facts: Facts) -> Check:
     from packaging.requirements import Requirement
 
     status, _, err = facts.probe()
-    pair = _told(facts, "medtut-pair")
-    if status == 0 and pair:
-        torch_version = facts.version("torch") or "0"
-        for line in facts.requires("torchvision"):
-            one = Requirement(line)
-            fits = one.specifier.contains(torch_version, prereleases=True)
-            if one.name == "torch" and not one.marker and not fits:
-                said = (
-                    f"torchvision asks for torch {one.specifier}, not {torch_version}"
-                )
-                return Check("torch_pair", "failure", said, _REINSTALL)
-        return Check("torch_pair", "ok", f"torch {pair[0]}, torchvision {pair[1]}")
-    last = "".join(err.strip().splitlines()[-1:])
-    if "torchvision::nms does not exist" in err:
+    last = "".join(err.strip().splitlines()[-1:]).strip()
+    said, cure = f"importing them failed: {last or f'exit status {status}'}", _REINSTALL
+    if status == 0 and (pair := _told(facts, "medtut-pair")):
+        here = facts.version("torch") or "0"
+        asked = map(Requirement, facts.requires("torchvision"))
+        asked = [r.specifier for r in asked if r.name == "torch" and not r.marker]
+        if all(one.contains(here, prereleases=True) for one in asked):
+            return Check("torch_pair", "ok", f"torch {pair[0]}, torchvision {pair[1]}")
+        said = f"torchvision asks for torch {asked[0]}, not {here}"
+    elif "torchvision::nms does not exist" in err:
         said = "torch and torchvision do not match (torchvision::nms does not exist)"
-        return Check("torch_pair", "failure", said, _REINSTALL)
-    if missing := re.search(r"No module named '(torch|torchvision)'", err):
+    elif missing := re.search(r"No module named '(torch|torchvision)'", err):
         cure = "python -m pip install torch torchvision"
-        return Check("torch_pair", "failure", f"{missing[1]} is missing", cure)
-    if status == 124:
+        said = f"{missing[1]} is missing"
+    elif status == 124:
         cure = "run `medtut doctor` once more: a first import reads many files"
-        return Check("torch_pair", "failure", last, cure)
-    said = f"importing them failed: {last.strip() or f'exit status {status}'}"
-    return Check("torch_pair", "failure", said, _REINSTALL)
+        said = last
+    return Check("torch_pair", "failure", said, cure)
 
 
 def device_kind(facts: Facts) -> str:
@@ -122,8 +113,8 @@ def _told(facts: Facts, mark: str) -> list[str]:
 def check_device(facts: Facts) -> Check:
     """Which device torch would use; a CPU is enough for the quick profile."""
     kind, *name = _told(facts, "medtut-device") or ["none"]
+    cure = "first mend torch, named above; then run `medtut doctor` again"
     if kind == "none":
-        cure = "first mend torch, named above; then run `medtut doctor` again"
         return Check("device", "failure", "torch does not say", cure)
     more = " (enough for the quick profile)" if kind == "cpu" else ""
     return Check("device", "ok", f"{kind}: {' '.join(name)}{more}")
@@ -228,8 +219,7 @@ class DoctorReport:
 
 
 def run_doctor(
-    facts: Facts | None = None,
-    checks: Mapping[str, Callable[[Facts], Check]] = CHECKS,
+    facts: Facts | None = None, checks: Mapping[str, Callable[[Facts], Check]] = CHECKS
 ) -> DoctorReport:
     """Run all checks; a check that itself fails is reported, not raised."""
     from packaging.requirements import Requirement

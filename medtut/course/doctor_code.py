@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,15 +18,8 @@ from medtut.errors import MedtutError
 
 # The order is part of the result code: append, never reorder.
 CHECK_NAMES = (
-    "python",
-    "packages",
-    "torch_pair",
-    "device",
-    "memory",
-    "disk",
-    "network",
-    "cache",
-)
+    "python", "packages", "torch_pair", "device", "memory", "disk", "network", "cache",
+)  # fmt: skip
 STATUSES = ("ok", "warning", "failure", "not run")
 DEVICES = ("none", "cpu", "cuda", "mps")
 _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
@@ -73,9 +67,16 @@ class Decoded:
     __str__ = to_text
 
 
-def _check_letters(payload: bytes) -> str:
-    value = zlib.crc32(payload) & 0x3FF
-    return _ALPHABET[value >> 5] + _ALPHABET[value & 31]
+def _statuses(payload: bytes) -> list[str]:
+    bits, places = int.from_bytes(payload[:2], "big"), range(len(CHECK_NAMES))
+    return [STATUSES[bits >> 2 * k & 3] for k in reversed(places)]
+
+
+def _write(payload: bytes) -> str:
+    """Return the code of five bytes; word and last letters follow from them."""
+    word = "FAIL" if "failure" in _statuses(payload) else "OK"
+    body, sum_ = base64.b32encode(payload).decode("ascii"), zlib.crc32(payload)
+    return f"MT1-{word}-{body}-{_ALPHABET[sum_ >> 5 & 31]}{_ALPHABET[sum_ & 31]}"
 
 
 def encode(
@@ -90,11 +91,7 @@ def encode(
         bits = bits << 2 | STATUSES.index(statuses.get(name, "not run"))
     machine = DEVICES.index(device) << 6 | min(python_minor, 63)
     listed = json.dumps(dict(versions), sort_keys=True).encode("utf-8")
-    payload = bits.to_bytes(2, "big") + bytes([machine])
-    payload += (zlib.crc32(listed) & 0xFFFF).to_bytes(2, "big")
-    word = "FAIL" if "failure" in statuses.values() else "OK"
-    body = base64.b32encode(payload).decode("ascii")
-    return f"MT1-{word}-{body}-{_check_letters(payload)}"
+    return _write(struct.pack(">HBH", bits, machine, zlib.crc32(listed) & 0xFFFF))
 
 
 def decode(code: str) -> Decoded:
@@ -105,28 +102,19 @@ def decode(code: str) -> Decoded:
     CodeError
         If it is no such code, or was mistyped.
     """
-    match = re.fullmatch(
-        r"MT1-(OK|FAIL)-(.{8})-(..)", "".join(code.split()).upper(), re.DOTALL
-    )
+    plain = "".join(code.split()).upper()
+    match = re.fullmatch(r"(MT1-(?:OK|FAIL)-)([A-Z0-8]{8})-([A-Z0-8]{2})", plain)
     if match is None:
         raise CodeError(
             f"{code!r} is no result code; one looks like MT1-OK-AAAAFC3K-QF."
         )
-    word, body, letters = (text.translate(_LOOK_ALIKE) for text in match.groups())
-    try:
-        payload = base64.b32decode(body)
-    except ValueError:
-        payload = b""
-    if len(payload) != 5 or _check_letters(payload) != letters:
-        raise CodeError(f"{code!r} was mistyped: its last two letters do not fit.")
-    bits, machine = int.from_bytes(payload[:2], "big"), payload[2]
-    values = [bits >> 2 * k & 3 for k in reversed(range(len(CHECK_NAMES)))]
-    decoded = Decoded(
-        dict(zip(CHECK_NAMES, (STATUSES[v] for v in values), strict=True)),
-        DEVICES[machine >> 6],
-        f"3.{machine & 63}",
-        payload[3:].hex(),
+    body, letters = (text.translate(_LOOK_ALIKE) for text in match.group(2, 3))
+    payload = base64.b32decode(body)
+    if _write(payload) != f"{match[1]}{body}-{letters}":
+        raise CodeError(f"{code!r} was mistyped: its parts do not fit each other.")
+    checks, machine = (
+        dict(zip(CHECK_NAMES, _statuses(payload), strict=True)),
+        payload[2],
     )
-    if decoded.ok != (word == "OK"):
-        raise CodeError(f"{code!r} was mistyped: {word} does not fit the rest.")
-    return decoded
+    device, python = DEVICES[machine >> 6], f"3.{machine & 63}"
+    return Decoded(checks, device, python, payload[3:].hex())

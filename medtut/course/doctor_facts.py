@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata as metadata
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from medtut.machine import version_of
 
 # The official address of most assets; any answer at all means "online".
 ADDRESS = "https://raw.githubusercontent.com"
@@ -20,7 +23,7 @@ import torch
 kind, name = "cpu", "CPU only"
 if torch.cuda.is_available():
     kind, name = "cuda", torch.cuda.get_device_name(0)
-elif getattr(torch.backends, "mps", None) and torch.backends.mps.is_available():
+elif torch.backends.mps.is_available():
     kind, name = "mps", "Apple GPU"
 print("medtut-device", kind, name, flush=True)
 import torchvision
@@ -45,49 +48,37 @@ class Facts:
             done = subprocess.run(command, capture_output=True, timeout=PROBE_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             return 124, "", f"importing took longer than {PROBE_TIMEOUT_S:.0f} s"
-        out, err = (
-            text.decode(errors="replace") for text in (done.stdout, done.stderr)
-        )
+        out, err = (t.decode(errors="replace") for t in (done.stdout, done.stderr))
         return done.returncode, out, err
 
     def requirements(self) -> list[str]:
         """What the package asks for, from its metadata or from pyproject.toml."""
-        try:
-            return metadata.requires("medtut") or []
-        except metadata.PackageNotFoundError:
-            import tomllib
+        if listed := self.requires("medtut"):
+            return listed
+        import tomllib
 
-            path = Path(__file__).resolve().parents[2] / "pyproject.toml"
-            with path.open("rb") as file:
-                return tomllib.load(file)["project"]["dependencies"]
+        text = Path(__file__).resolve().parents[2].joinpath("pyproject.toml")
+        return tomllib.loads(text.read_text("utf-8"))["project"]["dependencies"]
 
     def version(self, package: str) -> str | None:
         """Installed version of a package, None when it is not there."""
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
+        return version_of(package)
 
     def requires(self, package: str) -> list[str]:
         """What an installed package asks for."""
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             return metadata.requires(package) or []
-        except metadata.PackageNotFoundError:
-            return []
+        return []
 
     def memory_gb(self) -> float:
         """Memory that is free for us, a container's limit included."""
         import psutil
 
-        available = psutil.virtual_memory().available
-        limit = Path("/sys/fs/cgroup/memory.max")
-        used = Path("/sys/fs/cgroup/memory.current")
-        try:
-            free = int(limit.read_text("ascii")) - int(used.read_text("ascii"))
-            available = min(available, free)
-        except (OSError, ValueError):  # no container, or no limit ("max")
-            pass
-        return available / 1e9
+        free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+        with contextlib.suppress(OSError, ValueError):  # no container, or no limit
+            most = int((group / "memory.max").read_text("ascii"))
+            free = min(free, most - int((group / "memory.current").read_text("ascii")))
+        return free / 1e9
 
     def cache_folder(self) -> Path:
         """The course's cache."""
@@ -113,7 +104,5 @@ class Facts:
         import urllib.request
 
         request = urllib.request.Request(ADDRESS, method="HEAD")
-        try:
+        with contextlib.suppress(urllib.error.HTTPError):  # refused: somebody is there
             urllib.request.urlopen(request, timeout=TIMEOUT_S).close()
-        except urllib.error.HTTPError:
-            return  # refused, so somebody is there

@@ -85,13 +85,12 @@ def execute(
             on_cell(cell_index, cell)
 
     def cell_done(cell: Any, cell_index: int, **rest: Any) -> None:
-        seconds = round(time.perf_counter() - current["start"], 3)
         if cell.cell_type == "code":
+            seconds = round(time.perf_counter() - current["start"], 3)
             result.cell_seconds.append([cell_index, seconds])
 
     def pid() -> int | None:
-        provisioner = getattr(managers[0], "provisioner", None) if managers else None
-        return getattr(provisioner, "pid", None)
+        return getattr(managers[0].provisioner, "pid", None) if managers else None
 
     start = time.perf_counter()
     log_path = target.with_name("kernel.log")
@@ -118,12 +117,11 @@ def execute(
         except PapermillExecutionError as error:
             result.cell = error.cell_index
             result.error = f"{error.ename}: {error.evalue}"
-        except CellTimeoutError:
+        except (CellTimeoutError, DeadKernelError) as error:
             result.cell = current["index"]
             result.error = f"the cell took more than {timeout:g} s (--timeout)"
-        except DeadKernelError:
-            result.cell = current["index"]
-            result.error = f"the kernel died (out of memory?) {_tail(log_path)}".strip()
+            if isinstance(error, DeadKernelError):
+                result.error = f"the kernel died (out of memory?) {_tail(log_path)}"
         except PapermillException as error:
             result.error = str(error)
     result.seconds = time.perf_counter() - start
@@ -147,11 +145,8 @@ def _this_interpreter(managers: list[Any], log: Any) -> type:
     from jupyter_client.kernelspec import KernelSpec
 
     class ThisInterpreter(AsyncKernelManager):
-        def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, **kwargs)
-            managers.append(self)
-
         async def start_kernel(self, **kwargs: Any) -> None:
+            managers.append(self)
             await super().start_kernel(**{"stderr": log, **kwargs})
 
         @property

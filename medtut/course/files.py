@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from medtut.errors import MedtutError
@@ -30,17 +29,15 @@ def check_writable(folder: Path) -> Path:
     MedtutError
         When it cannot; the message names the folder and what to do.
     """
-    folder = Path(folder)
+    from medtut.data.cache import CacheError, writable_dir
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".partial"):
-            pass
-    except OSError as error:
+        return writable_dir(Path(folder))
+    except CacheError as error:
         raise MedtutError(
-            f"cannot write to the output folder {folder}: {error.strerror or error}; "
-            "choose another one with --out"
+            f"cannot write to the output folder {folder}: {error.__cause__}; choose "
+            "another one with --out"
         ) from None
-    return folder
 
 
 def replace_folder(new: Path, final: Path) -> None:
@@ -58,8 +55,7 @@ def repository_root() -> Path:
     here = Path.cwd()
     for folder in (here, *here.parents):
         project = folder / "pyproject.toml"
-        if project.is_file() and 'name = "medtut"' in project.read_text(
-            encoding="utf-8", errors="replace"
-        ):
+        text = project.read_bytes() if project.is_file() else b""
+        if b'name = "medtut"' in text:
             return folder
     return here

@@ -24,7 +24,7 @@ from typing import Any
 
 from medtut import machine
 from medtut.course.files import check_writable, repository_root
-from medtut.course.profiles import LessonSettings, SettingsError, profile_table, resolve
+from medtut.course.profiles import LessonSettings, profile_table, resolve
 from medtut.errors import MedtutError
 from medtut.files import read_json, write_bytes, write_json
 
@@ -268,6 +268,3 @@ def _display_html(markup: str, plain: str) -> None:
 
     if get_ipython() is not None:
         display({"text/html": markup, "text/plain": plain}, raw=True)
-
-
-__all__ = ["Lesson", "LessonSettings", "SettingsError", "open_lesson"]

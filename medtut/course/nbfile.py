@@ -117,9 +117,9 @@ def find_errors(nb: Any) -> list[CellError]:
             if output.output_type == "error":
                 found.append(error_at(nb, index, _error_text(output)))
     for model_id, outputs in _widget_outputs(nb):
-        for text in filter(None, map(_error_text, outputs)):
-            index = owners.get(model_id, -1)
-            found.append(error_at(nb, index, f"in a widget: {text}"))
+        texts = filter(None, map(_error_text, outputs))
+        index = owners.get(model_id, -1)
+        found += [error_at(nb, index, f"in a widget: {text}") for text in texts]
     return found
 
 
@@ -134,13 +134,8 @@ def error_at(nb: Any, index: int, text: str) -> CellError:
 
 def not_executed(nb: Any) -> list[int]:
     """Return positions of code cells that hold code but have no execution count."""
-    return [
-        index
-        for index, cell in enumerate(nb.cells)
-        if cell.cell_type == "code"
-        and cell.source.strip()
-        and not cell.get("execution_count")
-    ]
+    code = [(k, c) for k, c in enumerate(nb.cells) if c.cell_type == "code"]
+    return [k for k, c in code if c.source.strip() and not c.get("execution_count")]
 
 
 def clean(nb: Any, hide: dict[str, str] | None = None) -> Any:

@@ -29,15 +29,14 @@ def chosen(
     lessons: Sequence[str | int] | None, notebooks: str | Path | None
 ) -> list[LessonFile]:
     """Return the lessons that names mean; None means all but the bonus ones."""
-    if lessons is None:
-        found = [one for one in all_lessons(notebooks) if not one.bonus]
-        if not found:
-            raise SettingsError(f"no notebooks in {notebooks_dir(notebooks)}")
-        return found
-    if not lessons:
+    if lessons is not None and not lessons:
         raise SettingsError("name a lesson, or --all")
-    found = [find_lesson(name, notebooks) for name in lessons]
-    return list(dict.fromkeys(found))
+    if lessons is not None:
+        return list(dict.fromkeys(find_lesson(name, notebooks) for name in lessons))
+    found = [one for one in all_lessons(notebooks) if not one.bonus]
+    if not found:
+        raise SettingsError(f"no notebooks in {notebooks_dir(notebooks)}")
+    return found
 
 
 def make_plan(
@@ -80,11 +79,9 @@ def make_plan(
             cell.outputs, cell.execution_count = [], None
     folder = base / Path(lesson.slug)
     check_writable(folder.parent)
-    parameters = {}
-    if inject:
-        parameters = dict(overrides)
-        if known.get("profile") != profile:
-            parameters["profile"] = profile
+    parameters = dict(overrides) if inject else {}
+    if inject and known.get("profile") != profile:
+        parameters["profile"] = profile
     return Plan(lesson, settings, nb, folder, parameters, solved)
 
 

@@ -108,7 +108,7 @@ def lesson_module(slug: str | int) -> ModuleType:
     for name in names:
         path = Path(own or "") / "lessons" / f"{name}.py"
         if own and path.is_file():
-            return _load_file(path, name)
+            return _load_file(path)
         full = f"medtut.course.lessons.{name}"
         if importlib.util.find_spec(full) is not None:
             return importlib.import_module(full)
@@ -119,9 +119,7 @@ def lesson_module(slug: str | int) -> ModuleType:
 
 
 def resolve(
-    slug: str | int,
-    profile: str | None = None,
-    overrides: dict[str, Any] | None = None,
+    slug: str | int, profile: str | None = None, overrides: dict[str, Any] | None = None
 ) -> LessonSettings:
     """Turn a profile and some overrides into checked settings.
 
@@ -138,18 +136,13 @@ def resolve(
     given.pop("profile", None)
     module = lesson_module(slug)
     kind: type[LessonSettings] = module.Settings
-    values = {
-        **profile_table()[name].get("defaults", {}),
-        **module.PRESETS.get(name, {}),
-        **given,
-        "profile": name,
-    }
+    values = profile_table()[name].get("defaults", {}) | module.PRESETS.get(name, {})
+    values |= given | {"profile": name}
     try:
         # As JSON: there, and only there, pydantic's strict mode takes a list (papermill
         # and YAML know no other) for a tuple. A Path or an array is still refused.
-        return kind.model_validate_json(
-            json.dumps(values, default=lambda x: {"": str(x)})
-        )
+        text = json.dumps(values, default=lambda x: {"": str(x)})
+        return kind.model_validate_json(text)
     except ValidationError as error:
         raise SettingsError(_explain(slug, kind, name, given, error)) from None
 
@@ -191,25 +184,18 @@ def parse_sets(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def _module_names(slug: str | int) -> tuple[str, list[str]]:
-    text = str(slug)
-    bonus = text.startswith("bonus/")
-    name = text.removeprefix("bonus/")
-    match = re.match(r"\d+", name)
+    match = re.match(r"(bonus/)?(\d+)(.*)", str(slug))
     if match is None:
-        raise SettingsError(f"{text!r} is not the name of a lesson (like 01_lora_math)")
-    number = f"{int(match.group()):02d}"
-    names = [f"l{number}"]
-    if bonus:
-        rest = re.sub(r"\W", "_", name[match.end() :])
-        names.insert(0, f"b{number}{rest}")
-    return number, names
+        raise SettingsError(
+            f"{str(slug)!r} is not the name of a lesson (like 01_lora_math)"
+        )
+    number, rest = f"{int(match[2]):02d}", re.sub(r"\W", "_", match[3])
+    return number, [f"b{number}{rest}", f"l{number}"] if match[1] else [f"l{number}"]
 
 
-def _load_file(path: Path, name: str) -> ModuleType:
-    full = f"medtut_own_lessons_{name}"
-    module = sys.modules.get(full)
-    if module is not None and module.__file__ == str(path):
-        return module
+@cache
+def _load_file(path: Path) -> ModuleType:
+    full = f"medtut_own_lessons_{path.stem}"
     spec = importlib.util.spec_from_file_location(full, path)
     sys.modules[full] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -232,22 +218,16 @@ def _explain(
     for item in error.errors():
         key = str(next(iter(item["loc"]), "settings"))
         value = given.get(key, item["input"])
-        if item["type"] == "extra_forbidden":
-            meant = _did_you_mean(key, kind.model_fields)
-            lines.append(f"lesson {slug}: unknown setting {key!r}{meant}")
-            known = [f"known settings: {', '.join(sorted(kind.model_fields))}"]
-            continue
-        if item["type"] == "missing":
-            lines.append(
-                f"lesson {slug}: {key!r} has no value: not given, and profile "
-                f"{profile!r} has no preset for it"
-            )
-            continue
         source = "" if key in given else f" (from the preset of {profile!r})"
-        lines.append(
-            f"lesson {slug}: {key} = {value!r}{source} ({type(value).__name__}): "
-            f"{_expected(kind, key)}; {item['msg'].lower()}"
-        )
+        said = f"{key} = {value!r}{source} ({type(value).__name__}): "
+        said += f"{_expected(kind, key)}; {item['msg'].lower()}"
+        if item["type"] == "extra_forbidden":
+            said = f"unknown setting {key!r}{_did_you_mean(key, kind.model_fields)}"
+            known = [f"known settings: {', '.join(sorted(kind.model_fields))}"]
+        elif item["type"] == "missing":
+            said = f"{key!r} has no value: not given, and profile {profile!r} has "
+            said += "no preset for it"
+        lines.append(f"lesson {slug}: {said}")
     return "\n".join(lines + known)
 
 

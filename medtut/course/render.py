@@ -7,6 +7,7 @@ import copy
 import html
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 _SCRIPT = re.compile(r"<script\b.*?</script>", re.DOTALL | re.IGNORECASE)
@@ -26,6 +27,19 @@ _MATH = re.compile(
     r"|(?<![\\$\w])\$(?P<inline>[^\s$](?:[^$\n]*[^\s$\\])?)\$(?![\d$])",
     re.DOTALL,
 )
+
+
+def fill(template: str, **values: Any) -> str:
+    """Return a template of this folder (Jinja) with values put in, escaped."""
+    from jinja2 import Environment, FileSystemLoader
+
+    room = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return room.get_template(template).render(values)
 
 
 def to_html(nb: Any, title: str) -> str:

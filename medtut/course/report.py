@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from medtut.course.profiles import SettingsError, lesson_module, profile_table
+from medtut.course.render import fill
 from medtut.files import read_json, write_text
 
 
@@ -22,11 +21,17 @@ def write_index(folder: Path, profile: str) -> Path:
     """
     done = sorted(folder.glob("[0-9]*/metrics.json"))
     done += sorted(folder.glob("bonus/[0-9]*/metrics.json"))
-    folders = [
-        path.parent for path in done if not path.parent.name.endswith(".partial")
-    ]
-    cards = [_card(folder, one) for one in folders]
-    return write_text(folder / "index.html", _page(profile, cards))
+    folders = [p.parent for p in done if not p.parent.name.endswith(".partial")]
+    page = fill(
+        "index.html",
+        profile=profile,
+        table=profile_table().get(profile, {}),
+        style=Path(__file__).with_name("index.css").read_text(encoding="utf-8"),
+        cards=[_card(folder, one) for one in folders],
+        minutes=minutes,
+        memory=memory,
+    )
+    return write_text(folder / "index.html", page)
 
 
 def key_numbers(slug: str, metrics: dict[str, Any]) -> list[tuple[str, str]]:
@@ -37,7 +42,7 @@ def key_numbers(slug: str, metrics: dict[str, Any]) -> list[tuple[str, str]]:
     try:
         chosen = getattr(lesson_module(slug), "KEY_NUMBERS", [])
     except SettingsError:
-        chosen = []
+        return []
     rows = []
     for key, label, form in chosen:
         if (value := lookup(metrics, key)) is not None:
@@ -68,20 +73,11 @@ def memory(mb: float) -> str:
     return f"{mb:.0f} MB" if mb < 1000 else f"{mb / 1024:.1f} GB"
 
 
-def _card(base: Path, folder: Path) -> str:
-    name, text = folder.relative_to(base).as_posix(), html.escape
-    slug = text(name)
+def _card(base: Path, folder: Path) -> dict[str, Any]:
+    """Return what ``index.html`` shows of one lesson."""
+    name = folder.relative_to(base).as_posix()
     result = read_json(folder / "metrics.json", {})
     cost = read_json(folder / "cost.json", {})
-    title = text(str(cost.get("title") or name))
-    parts = [
-        f'<img src="{slug}/{text(first["file"])}" alt="{text(first["alt"])}" '
-        'loading="lazy">'
-        for first in read_json(folder / "figures.json", [])[:1]
-    ]
-    pages = sorted(folder.glob("*.html"))
-    link = f'<a href="{slug}/{pages[0].name}">{title}</a>' if pages else title
-    parts.append(f'<div class="text"><h2>{link}</h2>')
     notes = []
     if result.get("status") != "complete":
         notes.append("This run did not reach its end.")
@@ -89,40 +85,15 @@ def _card(base: Path, folder: Path) -> str:
         notes.append("Smoke run: not evidence.")
     for fall in result.get("fell_back", []):
         notes.append(f"Not available: {fall['what']}; used {fall['to']}.")
-    parts += [f'<p class="note small">{text(note)}</p>' for note in notes]
-    rows = [
-        f'<tr><th scope="row">{text(label)}</th><td>{text(value)}</td></tr>'
-        for label, value in key_numbers(name, result.get("metrics", {}))
-    ]
-    if rows:
-        parts += ["<table>", *rows, "</table>"]
-    if cost:
-        parts.append(
-            f'<p class="small">{minutes(cost["seconds"])}, '
-            f"{memory(cost['peak_memory_mb'])}, {text(str(cost['device']))} "
-            f"({text(str(cost['cpu']))}, {cost['cores']} cores)</p>"
-        )
     links = [("numbers", "metrics.json"), ("cost", "cost.json")]
     links += [("notebook", path.name) for path in sorted(folder.glob("*.ipynb"))]
-    shown = [
-        f'<a href="{slug}/{text(file)}">{label} '
-        f'<span class="hidden">({title})</span></a>'
-        for label, file in links
-        if (folder / file).is_file()
-    ]
-    parts.append(f'<p class="small">{" · ".join(shown)}</p></div>')
-    return "<li>" + "\n".join(parts) + "</li>"
-
-
-def _page(profile: str, cards: list[str]) -> str:
-    table = profile_table().get(profile, {})
-    meaning = html.escape(str(table.get("meaning", "")))
-    warning = ""
-    if not table.get("evidence", True):
-        warning = '<p class="note">Numbers of this profile are not evidence.</p>'
-    page = Path(__file__).with_name("index.html")
-    style = page.with_suffix(".css").read_text(encoding="utf-8")
-    listing = "\n".join(cards) or "<li class='text'>No lesson has been run yet.</li>"
-    return Template(page.read_text(encoding="utf-8")).substitute(
-        profile=profile, meaning=meaning, warning=warning, style=style, listing=listing
-    )
+    return {
+        "slug": name,
+        "title": cost.get("title") or name,
+        "picture": next(iter(read_json(folder / "figures.json", [])), None),
+        "page": next((path.name for path in sorted(folder.glob("*.html"))), None),
+        "notes": notes,
+        "rows": key_numbers(name, result.get("metrics", {})),
+        "cost": cost,
+        "links": [(label, file) for label, file in links if (folder / file).is_file()],
+    }

@@ -68,7 +68,6 @@ def run_lessons(
     *,
     notebooks: str | Path | None = None,
     inject: bool = True,
-    record_costs: bool = False,
     console: Any = None,
 ) -> list[LessonRun]:
     """Run lessons and write executed notebook, HTML, figures, numbers and cost.
@@ -96,8 +95,6 @@ def run_lessons(
     inject : bool
         Write profile and overrides into the notebook below its parameters; without,
         the profile travels in the environment only.
-    record_costs : bool
-        Add time and memory to ``benchmarks/costs.json``.
 
     Returns
     -------
@@ -113,41 +110,25 @@ def run_lessons(
     from rich.console import Console
 
     console = console or Console(stderr=True)
-    folders = {}
+    passed = {"MEDTUT_PROFILE": profile or choose_profile()}
     if notebooks:
-        folders["MEDTUT_NOTEBOOKS"] = str(notebooks_dir(notebooks))
+        passed["MEDTUT_NOTEBOOKS"] = str(notebooks_dir(notebooks))
     if data is not None:
-        folders["MEDTUT_DATA"] = str(Path(data).resolve())
-    with environment(**folders):
-        name = choose_profile(None) if profile is None else profile
-        with environment(MEDTUT_PROFILE=name):
-            name = choose_profile(None)
-            base = Path(out).resolve() if out else repository_root() / "build"
-            given = dict(overrides or {})
-            check_cache()
-            plans = [
-                make_plan(lesson, name, given, data, base / name, solve, inject)
-                for lesson in chosen(lessons, notebooks)
-            ]
-            limit = timeout or profile_table()[name]["cell_timeout"]
-            runs = [_run(plan, limit, solve, progress, console) for plan in plans]
-            index = write_index(base / name, name)
-            if record_costs:
-                record(runs, name)
+        passed["MEDTUT_DATA"] = str(Path(data).resolve())
+    with environment(**passed):
+        name = choose_profile()
+        base = (Path(out).resolve() if out else repository_root() / "build") / name
+        given = dict(overrides or {})
+        check_cache()
+        plans = [
+            make_plan(lesson, name, given, data, base, solve, inject)
+            for lesson in chosen(lessons, notebooks)
+        ]
+        limit = timeout or profile_table()[name]["cell_timeout"]
+        runs = [_run(plan, limit, solve, progress, console) for plan in plans]
+        index = write_index(base, name)
     console.print(f"Overview: {index}", soft_wrap=True, highlight=False)
     return runs
-
-
-def record(runs: Sequence[LessonRun], profile: str, file: Path | None = None) -> Path:
-    """Add time and memory of successful runs to ``benchmarks/costs.json``."""
-    file = file or repository_root() / "benchmarks" / "costs.json"
-    costs = read_json(file, {})
-    keep = ("seconds", "peak_memory_mb", "device", "cpu", "cores", "torch")
-    for run in runs:
-        if run.ok:
-            entry = {key: run.cost.get(key) for key in keep}
-            costs.setdefault(run.slug, {})[profile] = entry
-    return write_json(file, {slug: costs[slug] for slug in sorted(costs)})
 
 
 def _run(
@@ -157,17 +138,11 @@ def _run(
     source = work / "input.partial.ipynb"
     target = work / plan.lesson.path.name
     nbfile.write_notebook(plan.nb, source)
-    with (
-        environment(MEDTUT_OUT=str(work)),
-        _bar(plan, progress, console) as on_cell,
-    ):
+    bar = _bar(plan, progress, console)
+    given, cwd = plan.parameters, plan.lesson.path.parent
+    with environment(MEDTUT_OUT=str(work)), bar as on_cell:
         done = engine.execute(
-            source,
-            target,
-            parameters=plan.parameters,
-            cwd=plan.lesson.path.parent,
-            timeout=timeout,
-            on_cell=on_cell,
+            source, target, parameters=given, cwd=cwd, timeout=timeout, on_cell=on_cell
         )
     source.unlink(missing_ok=True)
     errors = _errors(plan, done, work, solve)
@@ -185,8 +160,7 @@ def _run(
             say.append(f"The notebook as far as it came: {target}")
         if plan.folder.is_dir():
             say.append(f"The result of an earlier run is left as it was: {plan.folder}")
-        for line in say:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print("\n".join(say), markup=False, highlight=False, soft_wrap=True)
         return LessonRun(slug, False, work, errors, cost, done.nb)
     write_text(target.with_suffix(".html"), to_html(done.nb, cost["title"]))
     (work / "run.json").unlink(missing_ok=True)
@@ -266,22 +240,16 @@ def _bar(plan: Plan, progress: bool, console: Any) -> Iterator[Any]:
         yield None
         return
     from rich import progress as show
+    from rich.markup import escape
 
-    columns = (
-        show.TextColumn("{task.description}", markup=False),
-        show.BarColumn(),
-        show.MofNCompleteColumn(),
-        show.TextColumn("cells"),
-        show.TimeElapsedColumn(),
-        show.TextColumn("{task.fields[heading]}", markup=False),
-    )
+    columns = ("{task.description}", show.BarColumn(), show.MofNCompleteColumn())
+    columns += ("cells", show.TimeElapsedColumn(), "{task.fields[heading]}")
     with show.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(plan.lesson.slug, total=total, heading="")
 
         def on_cell(index: int, cell: Any) -> None:
-            heading = _heading(cell)[:40]
-            bar.update(
-                task, completed=index, **({"heading": heading} if heading else {})
-            )
+            if heading := escape(_heading(cell)[:40]):
+                bar.update(task, heading=heading)
+            bar.update(task, completed=index)
 
         yield on_cell

@@ -16,16 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from medtut import machine
-from medtut.course.catalog import environment
+from medtut.course.catalog import environment, find_lesson
 from medtut.course.files import check_cache, check_writable, repository_root
 from medtut.course.lesson import _plain
-from medtut.course.profiles import (
-    SettingsError,
-    _did_you_mean,
-    choose_profile,
-    lesson_module,
-    resolve,
-)
+from medtut.course.profiles import SettingsError, choose_profile, lesson_module, resolve
+from medtut.course.profiles import _did_you_mean as did_you_mean
+from medtut.course.report import minutes
 from medtut.errors import MedtutError
 from medtut.files import read_json, write_json
 
@@ -103,28 +99,30 @@ def run_sweep(
     for arm in arms or []:
         if arm not in known:
             raise SettingsError(
-                f"lesson {slug} has no arm {arm!r}{_did_you_mean(arm, known)}; the "
+                f"lesson {slug} has no arm {arm!r}{did_you_mean(arm, known)}; the "
                 f"arms are {', '.join(known)}"
             )
-    chosen, cohort = list(arms or known), getattr(module, "COHORT_VERSION", None)
+    cohort = getattr(module, "COHORT_VERSION", None)
     folder = Path(out) if out else _folder(slug)
     with environment(MEDTUT_PROFILE=profile or choose_profile()):
         todo = []
-        for seed, arm in itertools.product(seeds, chosen):
+        for seed, arm in itertools.product(seeds, arms or known):
             given = {**(overrides or {}), **known[arm], "seed": seed}
             settings = resolve(slug, None, given)
             path = folder / arm / f"seed{seed}.json"
             stored = _stored(path, settings.stored(), cohort, force)
-            todo.append((arm, seed, settings, path, stored))
+            todo.append((arm, settings, path, stored))
         check_cache()
         check_writable(folder)
         results = []
-        for arm, seed, settings, path, stored in todo:
-            if stored:
-                console.print(f"{slug} {arm} seed {seed}: stored", highlight=False)
-            results.append(
-                stored or _one(module, slug, arm, seed, settings, path, console)
-            )
+        for arm, settings, path, stored in todo:
+            result = stored or _one(module, slug, arm, settings, path)
+            said = "stored" if stored else minutes(result.get("seconds", 0))
+            if "error" in result:
+                said = f"FAILED: {result['error']}"
+            text = f"{slug} {arm} seed {settings.seed}: {said}"
+            console.print(text, highlight=False, markup=False)
+            results.append(result)
     return results
 
 
@@ -154,8 +152,6 @@ def load_sweep(
 
 def sweep_slug(lesson: str | int) -> str:
     """Return the slug of a lesson, or its number when it has no notebook yet."""
-    from medtut.course.catalog import find_lesson
-
     try:
         return find_lesson(lesson).slug
     except SettingsError as error:
@@ -196,23 +192,13 @@ def _stored(
     )
 
 
-def _one(
-    module: Any,
-    slug: str,
-    arm: str,
-    seed: int,
-    settings: Any,
-    path: Path,
-    console: Any,
-) -> dict[str, Any]:
-    start = time.perf_counter()
+def _one(module: Any, slug: str, arm: str, settings: Any, path: Path) -> dict[str, Any]:
+    start, seed = time.perf_counter(), settings.seed
     try:
         metrics = _plain("metrics", dict(module.run_arm(arm, seed, settings)))
     except Exception as error:
         # One diverging run must not cost a night's sweep.
-        text = f"{type(error).__name__}: {error}"
-        console.print(f"{slug} {arm} seed {seed} FAILED: {text}", markup=False)
-        return {"arm": arm, "seed": seed, "error": text}
+        return {"arm": arm, "seed": seed, "error": f"{type(error).__name__}: {error}"}
     seconds = round(time.perf_counter() - start, 1)
     result = {
         "lesson": slug,
@@ -223,16 +209,12 @@ def _one(
         "metrics": metrics,
         "seconds": seconds,
         "hours": round(seconds / 3600, 4),
-        "command": _command(),
+        # Without the folder the program lies in.
+        "command": shlex.join(
+            ["medtut", *(arg for arg in sys.argv[1:] if not Path(arg).is_absolute())]
+        ),
         "versions": machine.versions(),
         "machine": machine.describe_machine(),
     }
     write_json(path, result)
-    console.print(f"{slug} {arm} seed {seed}: {seconds:.0f} s", highlight=False)
     return result
-
-
-def _command() -> str:
-    """Return the command line, without the folder the program lies in."""
-    arguments = [arg for arg in sys.argv[1:] if not Path(arg).is_absolute()]
-    return shlex.join(["medtut", *arguments])

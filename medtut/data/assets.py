@@ -14,10 +14,10 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from medtut.data import download
 from medtut.data.asset_registry import (
@@ -106,12 +106,9 @@ def status(name: str) -> dict[str, Any]:
         with its size), ``embedded``, ``folder``.
     """
     asset = get(name)
-    places = {key: _place(name, f) for key, f in asset.files.items()}
-    there = [
-        path.is_file() and path.stat().st_size == asset.files[key].bytes
-        for key, path in places.items()
-    ]
-    folder = next(iter(places.values())).parent
+    places = [(_place(name, file), file.bytes) for file in asset.files.values()]
+    there = [path.is_file() and path.stat().st_size == size for path, size in places]
+    folder = places[0][0].parent
     return {
         "name": name,
         "title": asset.title,
@@ -188,153 +185,98 @@ def fetch(name: str, progress: bool = True) -> dict[str, Path]:
             )
     missing = [key for key, what in state.items() if what != "ok"]
     if missing:
-        _Fetch(name, asset, progress).run(missing)
+        writable_dir(_folder(name))
+    # A cached file with a wrong byte goes first: nobody may pick it up meanwhile.
+    for key in missing:
+        _place(name, asset.files[key]).unlink(missing_ok=True)
+    for key in missing:
+        if not _place(name, asset.files[key]).is_file():
+            _get(name, key, progress)
     return {key: _place(name, file) for key, file in asset.files.items()}
 
 
-class _Fetch:
-    """One call of `fetch`: what was tried and why it failed."""
-
-    def __init__(self, name: str, asset: Asset, progress: bool) -> None:
-        self.name, self.asset, self.progress = name, asset, progress
-        self.unreachable: list[str] = []
-        self.wrong: list[str] = []
-        # A host or archive that failed once is not waited for again in this call.
-        self.given_up: set[str] = set()
-
-    def run(self, missing: list[str]) -> None:
-        writable_dir(_folder(self.name))
-        # A cached file with a wrong byte goes first: nobody may pick it up meanwhile.
-        for key in missing:
-            _place(self.name, self.asset.files[key]).unlink(missing_ok=True)
-        for key in missing:
-            path = _place(self.name, self.asset.files[key])
-            if not path.is_file() and not self._get(key):
-                self._fail(key)
-
-    def _get(self, key: str) -> bool:
-        file = self.asset.files[key]
-        if any(self._try(self._from_folder, file, d) for d in local_dirs()):
-            return True
-        if offline():
-            return False
-        for source in file.sources:
-            if source.url and self._try(self._from_url, file, source.url):
-                return True
-            if source.archive and self._try(self._from_index, file, source.archive):
-                return True
-        return False
-
-    def _try(self, way: Callable, file: AssetFile, place: Any) -> bool:
+def _get(name: str, key: str, progress: bool) -> None:
+    """Put one file into the cache, or raise with everything that was tried."""
+    asset, wrong, unreachable = get(name), [], []
+    file = asset.files[key]
+    for way in _ways(name, file, progress):
         try:
-            return way(file, place)
+            way()
         except Unreachable as error:
-            self.unreachable.append(str(error))
+            unreachable.append(str(error))
         except WrongBytes as error:
-            self.wrong.append(str(error))
-        return False
+            wrong.append(str(error))
+        if _place(name, file).is_file():
+            return
+    archives = [registry().archives[s.archive] for s in file.sources if s.archive]
+    also = f", or {archives[0].filename}" if archives else ""
+    why = " MEDTUT_OFFLINE is set." if offline() else ""
+    for folder in os.environ.get("MEDTUT_ASSET_DIR", "").split(os.pathsep):
+        if folder and not Path(folder).expanduser().is_dir():
+            why += f" MEDTUT_ASSET_DIR names {folder}, which is no folder."
+    kind: type[AssetError] = AssetUnavailable
+    said = f"is not in the cache ({_folder(name)}) and could not be fetched.{why}"
+    if wrong:
+        kind, said = AssetError, "was found with other bytes than the pinned ones."
+    tried = "".join(f"\n  - {text}" for text in (*wrong, *unreachable))
+    raise kind(
+        f"Asset '{name}': '{key}' {said}{tried}\nConnect once and run `medtut assets "
+        f"fetch {name}` ({asset.bytes / 1e6:.1f} MB), or put {file.filename}{also} "
+        "into a folder and name that folder in MEDTUT_ASSET_DIR."
+    )
 
-    def _from_folder(self, file: AssetFile, folder: Path) -> bool:
-        for path in (folder / self.name / file.filename, folder / file.filename):
+
+def _ways(name: str, file: AssetFile, progress: bool) -> Iterator[Callable[[], object]]:
+    """Every way to get a file that there is at the moment, best first."""
+    place = _place(name, file)
+    archives = [source.archive for source in file.sources if source.archive]
+    for folder in local_dirs():
+        for path in (folder / name / file.filename, folder / file.filename):
             if path.is_file():
-                download.check(path, file.sha256, str(path))
-                self._keep(file, lambda p, path=path: shutil.copyfile(path, p))
-                return True
-        for source in file.sources:
-            if not source.archive:
-                continue
-            archive = registry().archives[source.archive]
-            path = folder / archive.filename
-            if path.is_file() and str(path) not in self.given_up:
-                self.given_up.add(str(path))  # opened once; all its members are taken
-                download.check(path, archive.sha256, str(path))
-                self._unpack(path, source.archive)
-                return True
-        return False
+                yield partial(_keep, place, file, partial(shutil.copyfile, path), path)
+        for key in archives:
+            path = folder / registry().archives[key].filename
+            if path.is_file():
+                yield partial(_unpack, path, key)
+    for source in () if offline() else file.sources:
+        if source.url:
+            load = partial(download.from_url, source.url, progress=progress)
+            yield partial(_keep, place, file, load, source.url)
+        if source.archive:
+            yield partial(_from_index, source.archive, progress)
 
-    def _from_url(self, file: AssetFile, url: str) -> bool:
-        host = urlsplit(url).netloc
-        if host in self.given_up:
-            return False
-        try:
-            self._keep(
-                file, lambda p: download.from_url(url, p, file.sha256, self.progress)
-            )
-        except Unreachable:
-            self.given_up.add(host)
-            raise
-        return True
 
-    def _from_index(self, file: AssetFile, key: str) -> bool:
-        if key in self.given_up:
-            return False
-        self.given_up.add(key)
+def _from_index(key: str, progress: bool) -> None:
+    room = writable_dir(cache_dir() / "assets")
+    with tempfile.TemporaryDirectory(
+        dir=room, prefix=".getting-", ignore_cleanup_errors=True
+    ) as staging:
         archive = registry().archives[key]
-        room = writable_dir(cache_dir() / "assets")
-        with tempfile.TemporaryDirectory(
-            dir=room, prefix=".getting-", ignore_cleanup_errors=True
-        ) as staging:
-            path = download.package_archive(
-                archive.project,
-                archive.version,
-                archive.filename,
-                archive.sha256,
-                archive.bytes,
-                Path(staging),
-                self.progress,
-            )
-            self._unpack(path, key)
-        return True
+        _unpack(download.package_archive(archive, Path(staging), progress), key)
 
-    def _unpack(self, path: Path, key: str) -> None:
-        """Take every pinned file out of an archive, those of other assets too.
 
-        Two assets share one archive of 34 MB: it is downloaded once.
-        """
-        for name, asset in registry().assets.items():
-            for file in asset.files.values():
-                for source in file.sources:
-                    place = _place(name, file)
-                    if source.archive != key or place.is_file():
-                        continue
-                    self._keep(
-                        file,
-                        lambda p, f=file, m=source.member: download.extract(
-                            path, m, p, f.bytes
-                        ),
-                        place,
+def _unpack(path: Path, key: str) -> None:
+    """Take every pinned file out of an archive, those of other assets too.
+
+    Two assets share one archive of 34 MB: it is downloaded once.
+    """
+    download.check(path, registry().archives[key].sha256, str(path))
+    for name, asset in registry().assets.items():
+        for file in asset.files.values():
+            place = _place(name, file)
+            for source in file.sources:
+                if source.archive == key and not place.is_file():
+                    member = partial(
+                        download.extract, path, source.member, size=file.bytes
                     )
+                    _keep(place, file, member, file.filename)
 
-    def _keep(
-        self, file: AssetFile, make: Callable[[Path], Any], place: Path | None = None
-    ) -> None:
-        def checked(partial: Path) -> None:
-            make(partial)
-            download.check(partial, file.sha256, file.filename)
 
-        write_by_rename(place or _place(self.name, file), checked)
+def _keep(
+    place: Path, file: AssetFile, make: Callable[[Path], Any], what: object
+) -> None:
+    def checked(target: Path) -> None:
+        make(target)
+        download.check(target, file.sha256, str(what))
 
-    def _fail(self, key: str) -> None:
-        file = self.asset.files[key]
-        size = f"{self.asset.bytes / 1e6:.1f} MB"
-        archives = [registry().archives[s.archive] for s in file.sources if s.archive]
-        also = f", or {archives[0].filename}" if archives else ""
-        away = " MEDTUT_OFFLINE is set." if offline() else ""
-        for folder in os.environ.get("MEDTUT_ASSET_DIR", "").split(os.pathsep):
-            if folder and not Path(folder).expanduser().is_dir():
-                away += f" MEDTUT_ASSET_DIR names {folder}, which is no folder."
-        tried = "".join(f"\n  - {t}" for t in (*self.wrong, *self.unreachable))
-        todo = (
-            f"\nConnect once and run `medtut assets fetch {self.name}` ({size}), or "
-            f"put {file.filename}{also} into a folder and name that folder in "
-            "MEDTUT_ASSET_DIR."
-        )
-        if self.wrong:
-            raise AssetError(
-                f"Asset '{self.name}': '{key}' was found, but with other bytes than "
-                f"the pinned ones, and was refused.{tried}{todo}"
-            )
-        raise AssetUnavailable(
-            f"Asset '{self.name}': '{key}' is not in the cache "
-            f"({_folder(self.name)}) and could not be fetched.{away}{tried}{todo}"
-        )
+    write_by_rename(place, checked)

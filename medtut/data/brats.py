@@ -1,9 +1,11 @@
-"""Read the BraTS 2020 folders as they are on disk, and write predictions back.
+"""Read BraTS folders as they are on disk, and write predictions back.
 
 One folder per case, five files in it: ``<case>_flair.nii``, ``_t1``, ``_t1ce``,
 ``_t2`` and the mask ``_seg``, each ``.nii`` or ``.nii.gz`` (Menze et al., IEEE TMI
 2015; Bakas et al., arXiv:1811.02629). Labels on disk are 0, 1 (necrotic core), 2
-(oedema) and 4 (enhancing tumour); in the package 4 becomes 3: classes are 0..3.
+(oedema) and 4 (enhancing tumour); in the package 4 becomes 3: classes are 0..3. Sets
+that name files or labels otherwise have a `Layout` of their own: BraTS-MEN 2023 is in
+`medtut.data.brats_men`.
 
 Volumes are turned to the closest canonical orientation (x to the right, y to the front,
 z up), image and mask alike; `save_prediction` turns back.
@@ -15,6 +17,7 @@ import gzip
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,13 +26,33 @@ from medtut.errors import MedtutError
 from medtut.files import write_bytes
 
 MODALITIES = ("flair", "t1", "t1ce", "t2")
-ON_DISK = (0, 1, 2, 4)  # the label on disk of the classes 0..3
-# Not "._name", which macOS leaves beside each file that it unpacks.
-_FILE = re.compile(r"(?!\.).+_(flair|t1|t1ce|t2|seg|segm)\.nii(\.gz)?", re.IGNORECASE)
 
 
 class BratsError(MedtutError):
     """A folder, a file or a label of a BraTS data set is not as it should be."""
+
+
+class Layout(NamedTuple):
+    """How a data set names its files and its classes.
+
+    Attributes
+    ----------
+    modalities, masks : the last part of the file names, the usual mask first.
+    joint : what stands between the case and that part.
+    on_disk : the labels of the classes 0..3; the first three are 0, 1, 2.
+    foreign : a label that tells that the mask is of another kind, ``told`` in words.
+    """
+
+    modalities: tuple[str, ...]
+    masks: tuple[str, ...]
+    joint: str
+    on_disk: tuple[int, ...]
+    foreign: int
+    told: str
+
+
+_REMAPPED = "remapped to 0..3 before (on disk the 3 is a 4)"
+BRATS2020 = Layout(MODALITIES, ("seg", "segm"), "_", (0, 1, 2, 4), 3, _REMAPPED)
 
 
 @dataclass(frozen=True)
@@ -39,6 +62,7 @@ class Case:
     id: str
     images: dict[str, Path]
     mask: Path | None
+    layout: Layout = BRATS2020
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +90,10 @@ def _some(names: list[str], most: int = 5) -> str:
 
 
 def find_cases(
-    root: Path | str, modalities: tuple[str, ...] = MODALITIES, masks: bool = True
+    root: Path | str,
+    modalities: tuple[str, ...] | None = None,
+    masks: bool = True,
+    layout: Layout = BRATS2020,
 ) -> list[Case]:
     """List the cases in ``root`` or anywhere below it, sorted by id.
 
@@ -74,11 +101,13 @@ def find_cases(
     ----------
     root : path
         The data set, a folder above it, or one case.
-    modalities : tuple of str
-        Of `MODALITIES`; the others need not be there.
+    modalities : tuple of str, optional
+        Of the layout's; the others need not be there. All by default.
     masks : bool
         Every case must have its mask. If False, masks are not looked for, and
         ``Case.mask`` is None.
+    layout : Layout
+        The names and labels of the data set.
 
     Notes
     -----
@@ -91,16 +120,22 @@ def find_cases(
         No case, a missing or doubled file, a doubled id, or cases without mask.
     """
     root, folders, cases = Path(root), {}, {}
+    modalities = layout.modalities if modalities is None else modalities
+    joint, seg = layout.joint, layout.joint + layout.masks[0]
+    kinds = "|".join(layout.modalities + layout.masks)
+    # Not "._name", which macOS leaves beside each file that it unpacks.
+    file = re.compile(rf"(?!\.).+{joint}({kinds})\.nii(\.gz)?", re.IGNORECASE)
     for path in sorted(root.rglob("*")):
-        match = _FILE.fullmatch(path.name)
+        match = file.fullmatch(path.name)
         if match and path.is_file():
             kinds = folders.setdefault(path.parent, {})
             kinds.setdefault(match[1].lower(), []).append(path)
     if not folders:
         there = _some(sorted(p.name for p in root.rglob("*")))
+        names = f".nii, {joint}".join((*layout.modalities, layout.masks[0]))
         raise BratsError(
-            f"No BraTS case in {root}: looked there and below for <case>_flair.nii, "
-            f"_t1, _t1ce, _t2 and _seg (.nii or .nii.gz). Found {there}."
+            f"No BraTS case in {root}: looked there and below for <case>{joint}{names}"
+            f".nii (or .nii.gz). Found {there}."
         )
     for folder, kinds in folders.items():
         name = folder.resolve().name
@@ -109,15 +144,16 @@ def find_cases(
                 f"Case {name} stands twice below {root}, once in {folder}. Remove one, "
                 "or name a folder further down."
             )
-        images = {m: _only(kinds.get(m, []), m, folder) for m in modalities}
-        mask = (kinds.get("seg") or kinds.get("segm")) if masks else None
-        cases[name] = Case(name, images, mask and _only(mask, "seg", folder))
+        images = {m: _only(kinds.get(m, []), joint + m, folder) for m in modalities}
+        found = [kinds[m] for m in layout.masks if masks and m in kinds]
+        mask = _only(found[0], seg, folder) if found else None
+        cases[name] = Case(name, images, mask, layout)
     bare = sorted(c.id for c in cases.values() if c.mask is None)
     if masks and bare:
         every = len(bare) == len(cases)
         names = "this is the validation part, it has no masks" if every else _some(bare)
         raise BratsError(
-            f"{len(bare)} of {len(cases)} cases in {root} have no <case>_seg.nii: "
+            f"{len(bare)} of {len(cases)} cases in {root} have no <case>{seg}.nii: "
             f"{names}. Name the training part, or ask for masks=False to predict only."
         )
     return [cases[name] for name in sorted(cases)]
@@ -127,7 +163,7 @@ def _only(paths: list[Path], kind: str, folder: Path) -> Path:
     if len(paths) != 1:
         there = sorted(p.name for p in folder.iterdir())
         raise BratsError(
-            f"Case {folder.resolve().name} has {len(paths) or 'no'} files *_{kind}.nii "
+            f"Case {folder.resolve().name} has {len(paths) or 'no'} files *{kind}.nii "
             f"or .nii.gz, one is needed. In {folder}: {_some(there, 8)}."
         )
     return paths[0]
@@ -153,19 +189,20 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
         ) from error
 
 
-def read_mask(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_mask(path: Path, layout: Layout = BRATS2020) -> tuple[np.ndarray, np.ndarray]:
     """Read a mask: (X, Y, Z) uint8 classes 0..3 and the (4, 4) affine, canonical."""
     mask, affine = _read(path)
     values, counts = np.unique(mask, return_counts=True)
-    wrong = {v: n for v, n in zip(values, counts, strict=True) if v not in ON_DISK}
+    known, last = layout.on_disk, layout.on_disk[-1]
+    wrong = {v: n for v, n in zip(values, counts, strict=True) if v not in known}
     if wrong:
-        three = "remapped to 0..3 before (on disk the 3 is a 4)"
+        why = layout.told if set(wrong) == {layout.foreign} else "resampled"
         raise BratsError(
-            f"{path} has labels other than 0, 1, 2 and 4: "
+            f"{path} has labels other than 0, 1, 2 and {last}: "
             f"{_some([f'{v:g} ({n} voxels)' for v, n in wrong.items()])}. The mask was "
-            f"probably {three if set(wrong) == {3} else 'resampled'}: get the original."
+            f"probably {why}: get the original."
         )
-    return np.where(mask == 4, 3, mask).astype(np.uint8), affine
+    return np.where(mask == last, 3, mask).astype(np.uint8), affine
 
 
 def load_case(case: Case, modalities: tuple[str, ...] = ("flair",)) -> Volume:
@@ -182,7 +219,7 @@ def load_case(case: Case, modalities: tuple[str, ...] = ("flair",)) -> Volume:
     BratsError
         A file that cannot be read, is not 3-D, holds NaN or infinity, is all zero or
         lies elsewhere than the first image (another shape, or half a voxel away by its
-        header); a mask with other labels than 0, 1, 2, 4.
+        header); a mask with other labels than the layout's.
     """
     if not modalities or not set(modalities) <= set(case.images):
         raise BratsError(
@@ -190,7 +227,7 @@ def load_case(case: Case, modalities: tuple[str, ...] = ("flair",)) -> Volume:
             f"{modalities}: name those in find_cases(root, modalities=...)."
         )
     paths = [case.images[m] for m in modalities] + [case.mask] * bool(case.mask)
-    read = [read_mask(p) if p == case.mask else _read(p) for p in paths]
+    read = [read_mask(p, case.layout) if p == case.mask else _read(p) for p in paths]
     shape, affine = read[0][0].shape, read[0][1]
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     corners = np.indices((2, 2, 2)).reshape(3, 8) * (np.c_[shape].T - 1)
@@ -213,8 +250,8 @@ def load_case(case: Case, modalities: tuple[str, ...] = ("flair",)) -> Volume:
 def save_prediction(path: Path | str, label: np.ndarray, case: Case) -> Path:
     """Write classes as a BraTS mask that lies on the case's own files, by rename.
 
-    The mask gets labels 0, 1, 2, 4 and the orientation, shape and header of the first
-    image of the case: an evaluation server refuses one with another origin.
+    The mask gets the labels of the layout, and the orientation, shape and header of
+    the first image of the case: an evaluation server refuses one with another origin.
 
     Parameters
     ----------
@@ -241,7 +278,7 @@ def save_prediction(path: Path | str, label: np.ndarray, case: Case) -> Path:
         )
     canonical, own = [[0, 1], [1, 1], [2, 1]], nibabel.io_orientation(image.affine)
     turn = nibabel.orientations.ornt_transform(canonical, own)
-    on_disk = np.array(ON_DISK, np.uint8)[label.astype(np.intp)]
+    on_disk = np.array(case.layout.on_disk, np.uint8)[label.astype(np.intp)]
     voxels, header = nibabel.apply_orientation(on_disk, turn), image.header.copy()
     header.set_data_dtype(np.uint8)
     header.set_slope_inter(1, 0)

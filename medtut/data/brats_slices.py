@@ -85,7 +85,7 @@ def to_volume(labels: Any, shape: Sequence[int]) -> np.ndarray:
     return np.ascontiguousarray(turned.transpose(1, 2, 0))
 
 
-def _file(path: Path) -> list:
+def file_facts(path: Path) -> list:
     # Not a hash of the content: that would read 10 GB at every start.
     facts = path.stat()
     return [str(path.absolute()), facts.st_size, facts.st_mtime_ns]
@@ -104,10 +104,10 @@ def tumour_slices(case: Case) -> tuple[int, ...]:
         )
 
     def make(path: Path) -> None:
-        z = np.flatnonzero(read_mask(case.mask)[0].any((0, 1)))
+        z = np.flatnonzero(read_mask(case.mask, case.layout)[0].any((0, 1)))
         path.write_text(json.dumps(z.tolist()), encoding="ascii")
 
-    stored = cached_file("brats/z", [VERSION, _file(case.mask)], make, ".json")
+    stored = cached_file("brats/z", [VERSION, file_facts(case.mask)], make, ".json")
     return tuple(json.loads(stored.read_text(encoding="ascii")))
 
 
@@ -131,7 +131,7 @@ def _prepared(
 
     used = [p for m, p in case.images.items() if m in modalities] + [case.mask]
     key = [VERSION, list(modalities), normalise, size, tumour]
-    key += [_file(path) for path in used if path]
+    key += [file_facts(path) for path in used if path]
     path = cached_file("brats/slices", key, make, ".npy")
     return path, range(len(np.load(path, mmap_mode="r"))) if kept is None else kept
 

@@ -17,15 +17,17 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-CHUNK = 1 << 20
+if TYPE_CHECKING:
+    from medtut.data.asset_registry import Archive
 
 # pip asks every sdist for its metadata, which means running its setup.py. With this
 # stand-in for setuptools, found first on the path and without build isolation, pip is
@@ -35,6 +37,7 @@ _INERT_BACKEND = '''\
 """Answers pip's question about an sdist without running anything of it."""
 import os
 import pathlib
+import sys
 
 
 def get_requires_for_build_wheel(config_settings=None):
@@ -57,10 +60,7 @@ def build_wheel(*args, **kwargs):
     raise RuntimeError("this archive is read, not built")
 
 
-class __legacy__:
-    get_requires_for_build_wheel = staticmethod(get_requires_for_build_wheel)
-    prepare_metadata_for_build_wheel = staticmethod(prepare_metadata_for_build_wheel)
-    build_wheel = staticmethod(build_wheel)
+__legacy__ = sys.modules[__name__]
 '''
 
 
@@ -92,55 +92,33 @@ def check(path: Path, sha256: str, what: str) -> Path:
     return path
 
 
-def from_url(url: str, target: Path, sha256: str, progress: bool) -> Path:
-    """Download ``url`` to ``target``, which must not exist yet.
+def from_url(url: str, target: Path, progress: bool) -> None:
+    """Download ``url`` to ``target``, which must not exist yet; the caller checks it.
 
     Raises
     ------
-    Unreachable, WrongBytes
-        Nothing is left under the final name in either case.
+    Unreachable
     """
     import pooch
     import requests
 
     pooch.get_logger().setLevel("WARNING")
-    downloader = pooch.HTTPDownloader(progressbar=progress, timeout=20)
+    get = pooch.HTTPDownloader(progressbar=progress, timeout=20)
     try:
         # The hash is ours to compare: pooch reports a mismatch as a bare ValueError,
         # and the reader needs both numbers.
-        pooch.retrieve(
-            url,
-            known_hash=None,
-            fname=target.name,
-            path=target.parent,
-            downloader=downloader,
-        )
-        return check(target, sha256, url)
+        pooch.retrieve(url, None, target.name, target.parent, downloader=get)
     except (requests.RequestException, OSError, ValueError) as error:
-        target.unlink(missing_ok=True)
         raise Unreachable(f"{url}: {_first_line(error)}") from error
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
 
 
-def package_archive(
-    project: str,
-    version: str,
-    filename: str,
-    sha256: str,
-    size: int,
-    staging: Path,
-    progress: bool,
-) -> Path:
+def package_archive(archive: Archive, staging: Path, progress: bool) -> Path:
     """Download one archive of a Python package with pip; never build or install it.
 
     Parameters
     ----------
-    project, version, filename, sha256 : str
-        The archive: ``name-1.0.tar.gz`` or ``name-1.0-py3-none-any.whl``.
-    size : int
-        Its bytes, for the progress bar.
+    archive : Archive
+        A ``name-1.0.tar.gz`` or ``name-1.0-py3-none-any.whl`` of `assets.yml`.
     staging : Path
         An empty folder of the caller, who removes it afterwards.
 
@@ -148,6 +126,7 @@ def package_archive(
     ------
     Unreachable, WrongBytes
     """
+    filename, pinned = archive.filename, f"{archive.project}=={archive.version}"
     if importlib.util.find_spec("pip") is None:
         raise Unreachable(
             f"{filename}: this Python has no pip (get it with `python -m ensurepip`)"
@@ -159,9 +138,7 @@ def package_archive(
         (stub / "setuptools" / name).write_text(_INERT_BACKEND, encoding="utf-8")
     # --require-hashes: pip compares the bytes before it looks into them.
     wanted = staging / "wanted.txt"
-    wanted.write_text(
-        f"{project}=={version} --hash=sha256:{sha256}\n", encoding="utf-8"
-    )
+    wanted.write_text(f"{pinned} --hash=sha256:{archive.sha256}\n", encoding="utf-8")
     sort = "--only-binary" if filename.endswith(".whl") else "--no-binary"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", sort, ":all:"]
     command += ["--no-build-isolation", "--ignore-requires-python"]
@@ -171,7 +148,7 @@ def package_archive(
     environment = {
         **os.environ,
         "PYTHONPATH": str(stub),
-        "MEDTUT_SDIST": f"{project}=={version}",
+        "MEDTUT_SDIST": pinned,
         "PIP_USE_PEP517": "1",  # before 25.3 pip would run setup.py by itself
         **{name: str(scratch) for name in ("TMPDIR", "TEMP", "TMP")},
     }
@@ -181,7 +158,7 @@ def package_archive(
             command, stdout=output, stderr=output, env=environment, cwd=scratch
         )
         try:
-            _wait(process, staging, filename, size, progress)
+            _wait(process, staging, archive, progress)
         except BaseException:
             process.kill()
             process.wait()
@@ -189,23 +166,18 @@ def package_archive(
     if process.returncode:
         text = log.read_text(encoding="utf-8", errors="replace")
         if "DO NOT MATCH THE HASHES" in text:
-            got = [
-                ln.split()[-1] for ln in text.splitlines() if ln.strip()[:3] == "Got"
-            ]
-            raise WrongBytes(
-                f"{filename}: expected sha256 {sha256}, got {', '.join(got) or '?'}"
-            )
-        errors = [ln for ln in text.splitlines() if ln.startswith("ERROR")]
-        raise Unreachable(f"{filename}: pip: {(errors or ['no reason given'])[-1]}")
-    archive = dest / filename
-    if not archive.is_file():
+            got = ", ".join(re.findall(r"Got\s+(\w+)", text)) or "?"
+            raise WrongBytes(f"{filename}: expected sha256 {archive.sha256}, got {got}")
+        errors = re.findall(r"(?m)^ERROR.*", text) or ["no reason given"]
+        raise Unreachable(f"{filename}: pip: {errors[-1]}")
+    if not (dest / filename).is_file():
         found = ", ".join(sorted(p.name for p in dest.iterdir())) or "nothing"
         raise Unreachable(f"{filename}: pip brought {found} instead")
-    return check(archive, sha256, filename)
+    return dest / filename
 
 
 def _wait(
-    process: subprocess.Popen, staging: Path, filename: str, size: int, progress: bool
+    process: subprocess.Popen, staging: Path, archive: Archive, progress: bool
 ) -> None:
     """Wait for pip, drawing a bar from the size of what has arrived.
 
@@ -213,19 +185,16 @@ def _wait(
     """
     from tqdm.auto import tqdm
 
-    with tqdm(
-        total=size, desc=filename, unit="B", unit_scale=True, disable=not progress
-    ) as bar:
-        while True:
+    size, name = archive.bytes, archive.filename
+    shown = {"unit": "B", "unit_scale": True, "disable": not progress}
+    with tqdm(total=size, desc=name, **shown) as bar:
+        while process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=0.2)
-            if process.returncode == 0:
-                bar.update(size - bar.n)
-            if process.returncode is not None:
-                return
             with contextlib.suppress(OSError):
-                arrived = [p.stat().st_size for p in staging.rglob(f"*{filename}*")]
+                arrived = [p.stat().st_size for p in staging.rglob(f"*{name}*")]
                 bar.update(min(max(arrived, default=0), size) - bar.n)
+        bar.update(0 if process.returncode else size - bar.n)
 
 
 def extract(archive: Path, member: str, target: Path, size: int) -> Path:
@@ -240,22 +209,16 @@ def extract(archive: Path, member: str, target: Path, size: int) -> Path:
         If the archive is damaged, or the member missing, no file, or of another size.
     """
     try:
-        with _open_member(archive, member) as source, open(target, "wb") as sink:
-            left = size + 1  # one more than allowed, so that too long is noticed
-            while left and (block := source.read(min(CHUNK, left))):
-                sink.write(block)
-                left -= len(block)
+        with _open_member(archive, member) as source:
+            data = source.read(size + 1)  # so that too long is noticed
     except Exception as error:  # zlib, lzma, zipfile, tarfile: each has its own
-        target.unlink(missing_ok=True)
         raise WrongBytes(
             f"{archive.name}: '{member}' cannot be read ({_first_line(error)})"
         ) from error
-    if (got := target.stat().st_size) != size:
-        target.unlink()
-        more = "more than " if got > size else ""
-        raise WrongBytes(
-            f"{archive.name}: '{member}' has {more}{min(got, size)} bytes, not {size}"
-        )
+    if len(data) != size:
+        got = f"more than {size}" if len(data) > size else len(data)
+        raise WrongBytes(f"{archive.name}: '{member}' has {got} bytes, not {size}")
+    target.write_bytes(data)
     return target
 
 
@@ -266,15 +229,12 @@ def _open_member(archive: Path, member: str) -> Iterator[IO[bytes]]:
             yield source
         return
     with tarfile.open(archive) as file:
-        for item in file:  # stops at the member: an index would read the whole archive
-            if item.name == member:
-                source = file.extractfile(item) if item.isreg() else None
-                if source is None:
-                    raise KeyError(f"{member} is not a regular file")
-                with source:
-                    yield source
-                return
-        raise KeyError(f"{member} is not in the archive")
+        # Stops at the member: an index would read the whole archive.
+        item = next((item for item in file if item.name == member), None)
+        if item is None or not item.isreg():
+            raise KeyError(f"there is no regular file {member}")
+        with file.extractfile(item) as source:
+            yield source
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,16 +2,15 @@
 
 PyTorch's module has no query, key or value layers to wrap: it hands its weights to a
 function, and in evaluation to a fused kernel. We therefore build the effective
-weights, differentiably, and pass those to the same function. Neither of its fast
-paths can bypass the update: ours is not called, and a no-op hook keeps
-``nn.TransformerEncoderLayer`` from reading the weights behind our back.
+weights, differentiably, and let the module work with those. A no-op hook keeps
+``nn.TransformerEncoderLayer`` from reading the bare weights behind our back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medtut.lora.core import AdapterSpec, LoRAError, LoRALayer
@@ -58,28 +57,27 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         alpha: float = 16.0,
         *,
         parts: Iterable[str] = ("query", "value"),
-        scaling: str = "alpha/r",
-        dropout: float = 0.0,
-        variant: str = "lora",
         _check: bool = True,
+        **settings: Any,
     ) -> None:
+        spec = AdapterSpec(r, alpha, **settings)
         parts = set(parts)
         if not parts or parts - set(PARTS):
             raise LoRAError(
                 f"parts {sorted(parts)} of nn.MultiheadAttention: choose from "
                 f"{', '.join(PARTS)}."
             )
-        if dropout:
+        if spec.dropout:
             raise LoRAError(
                 "dropout on the low-rank branch is not possible in "
                 "nn.MultiheadAttention, which only takes weights; set dropout=0."
             )
-        if variant == "dora":
+        if spec.variant == "dora":
             raise LoRAError(
                 "DoRA is not available for nn.MultiheadAttention; use variant 'lora' "
                 "or 'pissa', or leave this module out with a pattern."
             )
-        self._adopt(base, AdapterSpec(r, alpha, scaling, dropout, variant))
+        self._adopt(base, spec)
         d = self.embed_dim
         for part in (p for p in PARTS if p in parts):
             rows = None
@@ -94,60 +92,20 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             self._add_slot(part, target, rows, (r, width), (d, r), _check)
         self.register_forward_pre_hook(block_fast_path)
 
-    def _w(self, target: str) -> Tensor | None:
-        """Effective weight if ``target`` is adapted, else the stored one."""
-        if target in self._targets.values():
-            dtype = self.base_weight(target).dtype
-            return self.effective_weight(target).to(dtype)
-        owner, _, last = target.rpartition(".")
-        return getattr(self.get_submodule(owner), last)
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Same arguments, shapes and results as ``nn.MultiheadAttention``.
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Same arguments, shapes and results as ``nn.MultiheadAttention``."""
-        options = {
-            "key_padding_mask": key_padding_mask,
-            "need_weights": need_weights,
-            "attn_mask": attn_mask,
-            "average_attn_weights": average_attn_weights,
-            "is_causal": is_causal,
-        }
-        if self._pristine:
-            return nn.MultiheadAttention.forward(self, query, key, value, **options)
-        turned = self.batch_first and query.dim() == 3
-        if turned:
-            # The same tensor stays the same object: the function then projects it once.
-            moved = {id(t): t.transpose(0, 1) for t in (query, key, value)}
-            query, key, value = moved[id(query)], moved[id(key)], moved[id(value)]
-        fused = self._qkv_same_embed_dim
-        out, weights = F.multi_head_attention_forward(
-            query,
-            key,
-            value,
-            self.embed_dim,
-            self.num_heads,
-            self._w("in_proj_weight") if fused else None,
-            self.in_proj_bias,
-            self.bias_k,
-            self.bias_v,
-            self.add_zero_attn,
-            self.dropout,
-            self._w("out_proj.weight"),
-            self.out_proj.bias,
-            training=self.training,
-            use_separate_proj_weight=not fused,
-            q_proj_weight=None if fused else self._w("q_proj_weight"),
-            k_proj_weight=None if fused else self._w("k_proj_weight"),
-            v_proj_weight=None if fused else self._w("v_proj_weight"),
-            **options,
+        For the length of the call the effective weights stand where the module looks
+        for its own.
+        """
+        new = (
+            {} if self.merged else {t: self.effective_weight(t) for t in self.targets()}
         )
-        return (out.transpose(0, 1) if turned else out), weights
+        own = {target: self.get_parameter(target) for target in new}
+        try:
+            for target, weight in new.items():
+                self._set_weight(target, weight.to(own[target].dtype))
+            return nn.MultiheadAttention.forward(self, *args, **kwargs)
+        finally:
+            for target, weight in own.items():
+                self._set_weight(target, weight)

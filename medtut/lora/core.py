@@ -204,34 +204,29 @@ class LoRALayer(nn.Module):
         if rows is not None:
             rows = rows.to(weight.device)
             self.register_buffer(name("rows", part), rows, persistent=False)
+        if self.spec.variant != "lora":
+            own = weight.detach() if rows is None else weight.detach()[rows]
+            own = own.to(dtype).flatten(1)
         if self.spec.variant == "pissa":
-            A, B = self._principal_factors(weight, rows, A, B)
+            A, B = self._principal_factors(own, A, B)
             self.register_buffer(name("A0", part), A.clone())
             self.register_buffer(name("B0", part), B.clone())
         self.register_parameter(name("A", part), nn.Parameter(A))
         self.register_parameter(name("B", part), nn.Parameter(B))
         if self.spec.variant == "dora":
-            m = self._rows_of(weight, rows).to(dtype).flatten(1).norm(dim=1)
-            self.register_parameter(name("magnitude", part), nn.Parameter(m))
+            magnitude = nn.Parameter(own.norm(dim=1))
+            self.register_parameter(name("magnitude", part), magnitude)
         self._targets[part] = target
         self.parts = (*self.parts, part)
 
-    def _principal_factors(
-        self, weight: Tensor, rows: Tensor | None, A: Tensor, B: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _principal_factors(self, W: Tensor, A: Tensor, B: Tensor) -> list[Tensor]:
         """PiSSA's start: the top-r singular triplets, split evenly, over the scale."""
-        matrix = self._rows_of(weight, rows).to(A.dtype).flatten(1)
-        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         r = self.spec.r
         root = (S[:r] / self.spec.scale).sqrt()
         a = (root[:, None] * Vh[:r]).reshape(A.shape)
         b = (U[:, :r] * root).reshape(B.shape)
-        return a.contiguous(), b.contiguous()
-
-    @staticmethod
-    def _rows_of(weight: Tensor, rows: Tensor | None) -> Tensor:
-        weight = weight.detach()
-        return weight if rows is None else weight.index_select(0, rows)
+        return [a.contiguous(), b.contiguous()]
 
     def slots(self) -> list[Slot]:
         """The low-rank updates of this layer, in the order of ``parts``."""
@@ -245,9 +240,9 @@ class LoRALayer(nn.Module):
         """Names, inside this layer, of the weights that are adapted."""
         return list(dict.fromkeys(self._targets.values()))
 
-    def _set_weight(self, target: str, value: nn.Parameter) -> None:
+    def _set_weight(self, target: str, value: Tensor) -> None:
         owner, _, last = target.rpartition(".")
-        setattr(self.get_submodule(owner), last, value)
+        self.get_submodule(owner)._parameters[last] = value
 
     def base_weight(self, target: str) -> Tensor:
         """The weight as it was before adaptation, merged or not."""

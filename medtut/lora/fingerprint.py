@@ -62,14 +62,12 @@ def check_base(model: nn.Module, expected: dict[str, str], where: str) -> None:
     wrong = [n for n in expected if n in have and tensor_hash(have[n]) != expected[n]]
     if not missing and not wrong:
         return
-    lines = []
+    said = f"the adapter in {where} was trained on another base model.\n"
     for title, names in (("missing", missing), ("different", wrong)):
         if names:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            lines.append(f"{title} ({len(names)} of {len(expected)}): {shown}")
+            said += f"{title} ({len(names)} of {len(expected)}): {shown}\n"
     raise LoRAError(
-        f"the adapter in {where} was trained on another base model.\n"
-        + "\n".join(lines)
-        + "\nLoad the base weights it belongs to, in the dtype they had (an fp16 copy "
-        "counts as different). allow_other_base=True attaches it all the same."
+        said + "Load the base weights it belongs to, in the dtype they had (an fp16 "
+        "copy counts as different). allow_other_base=True attaches it all the same."
     )

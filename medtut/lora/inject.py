@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ def as_patterns(value: Patterns, where: str) -> tuple[re.Pattern[str], ...]:
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(AdapterSpec):
     """What to adapt, and how.
 
     Attributes
@@ -55,11 +56,6 @@ class LoRAConfig:
         For an unknown role, a bad expression, or a setting out of range.
     """
 
-    r: int = 8
-    alpha: float = 16.0
-    scaling: str = "alpha/r"
-    dropout: float = 0.0
-    variant: str = "lora"
     roles: tuple[str, ...] = ("query", "value")
     pattern: str | tuple[str, ...] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -67,6 +63,7 @@ class LoRAConfig:
     qkv_heads: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         roles = (self.roles,) if isinstance(self.roles, str) else tuple(self.roles)
         object.__setattr__(self, "roles", roles)
         unknown = [role for role in roles if role not in ROLES]
@@ -81,7 +78,6 @@ class LoRAConfig:
         as_patterns(self.rank_pattern, "rank_pattern")
         for key, r in self.rank_pattern.items():
             check_rank(r, f"rank_pattern[{key!r}]")
-        self.spec_for("")
 
     def spec_for(self, name: str) -> AdapterSpec:
         """Settings of the layer called ``name``."""
@@ -100,12 +96,8 @@ class Injection:
     @property
     def parameters(self) -> int:
         """Number of adapter parameters."""
-        return sum(
-            p.numel()
-            for layer in self.layers.values()
-            for n, p in layer.named_parameters()
-            if is_adapter(n)
-        )
+        layers = self.layers.values()
+        return sum(p.numel() for one in layers for _, p in adapter_parameters(one))
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -136,21 +128,22 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
 def make_layer(
     base: nn.Module,
     spec: AdapterSpec,
+    parts: Iterable[str],
     *,
-    parts: Iterable[str] = (),
-    order: Iterable[str] = (),
-    layout: str = "thirds",
-    heads: int | None = None,
-    check: bool = True,
+    check: bool,
+    **shape: Any,
 ) -> LoRALayer:
-    """The adapted form of one layer; ``order`` marks a fused projection."""
+    """The adapted form of one layer.
+
+    ``order`` in ``shape`` marks a fused projection; what else can be there is what
+    `LoRAFusedLinear` takes.
+    """
     keys: dict[str, object] = asdict(spec) | {"_check": check}
     kind: type[LoRALayer]
     if isinstance(base, nn.MultiheadAttention):
         kind, keys["parts"] = LoRAMultiheadAttention, parts
-    elif isinstance(base, nn.Linear) and order:
-        kind = LoRAFusedLinear
-        keys |= {"parts": parts, "order": order, "layout": layout, "heads": heads}
+    elif isinstance(base, nn.Linear) and shape.get("order"):
+        kind, keys = LoRAFusedLinear, {**keys, "parts": parts, **shape}
     elif isinstance(base, nn.Linear):
         kind = LoRALinear
     else:
@@ -166,10 +159,9 @@ def select(
     chosen = []
     for c in candidates:
         parts = tuple(p for p in c.parts if p in config.roles)
-        if patterns:
-            if any(p.search(c.name) for p in patterns):
-                chosen.append((c, parts or c.parts))
-        elif c.roles & set(config.roles):
+        if any(p.search(c.name) for p in patterns):
+            chosen.append((c, parts or c.parts))
+        elif not patterns and c.roles & set(config.roles):
             chosen.append((c, parts))
     return chosen
 
@@ -244,9 +236,8 @@ def inject(
             raise LoRAError(f"cannot adapt {c.name}: {c.blocked}.")
     if not config.pattern:
         found = frozenset().union(*(c.roles for c, _ in chosen))
-        for role in config.roles:
-            if role not in found:
-                warnings.warn(f"no layer has the role {role!r}", stacklevel=2)
+        for role in (role for role in config.roles if role not in found):
+            warnings.warn(f"no layer has the role {role!r}", stacklevel=2)
 
     trainable = {n: p.requires_grad for n, p in model.named_parameters()}
     try:
@@ -266,20 +257,12 @@ def inject(
 def _build(
     model: nn.Module, c: Candidate, parts: tuple[str, ...], config: LoRAConfig
 ) -> LoRALayer:
-    fused = bool(c.parts) and isinstance(c.module, nn.Linear)
-    heads = config.qkv_heads
-    if fused and heads is None and config.qkv_layout == "per-head":
+    shape = {"order": c.parts, "layout": config.qkv_layout, "heads": config.qkv_heads}
+    if shape["heads"] is None and config.qkv_layout == "per-head":
         parent = model.get_submodule(c.name.rpartition(".")[0])
-        heads = getattr(parent, "num_heads", None)
+        shape["heads"] = getattr(parent, "num_heads", None)
     try:
-        return make_layer(
-            c.module,
-            config.spec_for(c.name),
-            parts=parts,
-            order=c.parts if fused else (),
-            layout=config.qkv_layout,
-            heads=heads,
-        )
+        return make_layer(c.module, config.spec_for(c.name), parts, check=True, **shape)
     except LoRAError as error:
         raise LoRAError(f"{c.name}: {error}") from error
 

@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from medtut.files import renamed
 from medtut.lora.attention import LoRAMultiheadAttention
 from medtut.lora.conv import _LoRAConv, block_diagonal
 from medtut.lora.core import LoRAError, LoRALayer
@@ -58,13 +59,10 @@ def _attention_tensors(layer: LoRAMultiheadAttention) -> dict[str, Tensor]:
     d = layer.embed_dim
     kind = layer.slots()[0].A
     into: list[tuple[Tensor, Tensor]] = []
-    outof: list[tuple[Tensor, Tensor]] = []
-    for slot in layer.slots():
+    outof = [slot.pair() for slot in layer.slots() if slot.part == "output"]
+    for slot in (slot for slot in layer.slots() if slot.part != "output"):
         A, B = slot.pair()
-        if slot.part == "output":
-            outof.append((A, B))
-        else:
-            into.append((A, slot.put(B.new_zeros(3 * d, B.shape[1]), B)))
+        into.append((A, slot.put(B.new_zeros(3 * d, B.shape[1]), B)))
     rank = max(sum(len(A) for A, _ in pairs) for pairs in (into, outof))
 
     def stack(pairs: list[tuple[Tensor, Tensor]], rows: int) -> tuple[Tensor, Tensor]:
@@ -74,9 +72,8 @@ def _attention_tensors(layer: LoRAMultiheadAttention) -> dict[str, Tensor]:
 
     tensors = {}
     for place, pairs, rows in (("", into, 3 * d), ("base_layer.out_proj.", outof, d)):
-        A, B = stack(pairs, rows)
-        tensors[f"{place}lora_A.weight"] = A
-        tensors[f"{place}lora_B.weight"] = B
+        names = (f"{place}lora_A.weight", f"{place}lora_B.weight")
+        tensors |= zip(names, stack(pairs, rows), strict=True)
     return tensors
 
 
@@ -116,6 +113,7 @@ def _peft_config(
     # peft matches a listed name against the ends of names: only safe if unique there.
     suffix = any(a != b and a.endswith(f".{b}") for a in names for b in names)
     exact = "|".join(re.escape(n) for n in names)
+    anchored = {f"^{re.escape(n)}": v for n, v in ranks.items()}
     specs = [layer.spec for layer in layers.values()]
     return {
         "peft_type": "LORA",
@@ -134,21 +132,15 @@ def _peft_config(
         "use_rslora": False,
         "target_modules": f"(?:{exact})" if suffix else names,
         "modules_to_save": extra or None,
-        "rank_pattern": {
-            f"^{re.escape(n)}": v[0] for n, v in ranks.items() if v[0] != r
-        },
-        "alpha_pattern": {
-            f"^{re.escape(n)}": v[1] for n, v in ranks.items() if v[1] != alpha
-        },
+        "rank_pattern": {n: v[0] for n, v in anchored.items() if v[0] != r},
+        "alpha_pattern": {n: v[1] for n, v in anchored.items() if v[1] != alpha},
     }
 
 
 def _layer_record(layer: LoRALayer) -> dict[str, object]:
-    record: dict[str, object] = asdict(layer.spec) | {"parts": list(layer.parts)}
-    if isinstance(layer, LoRAFusedLinear):
-        record |= {"order": list(layer.order), "layout": layer.layout}
-        record["heads"] = layer.heads
-    return record
+    own = ("order", "layout", "heads") if isinstance(layer, LoRAFusedLinear) else ()
+    record = {"parts": layer.parts} | {key: getattr(layer, key) for key in own}
+    return asdict(layer.spec) | record
 
 
 # -- saving --------------------------------------------------------------------
@@ -219,19 +211,9 @@ def save_adapter(
     folder, files = Path(folder), {WEIGHTS: blob}
     for file, content in ((CONFIG, config), (BASE, base)):
         files[file] = json.dumps(content, indent=1, sort_keys=True).encode("utf-8")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, data in files.items():
-            partial = folder / f".{file}.{os.getpid()}.partial"
-            try:
-                partial.write_bytes(data)
-                os.replace(partial, folder / file)
-            finally:
-                partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise LoRAError(
-            f"cannot write the adapter to {folder}: {error}. Choose another folder."
-        ) from error
+    for file, data in files.items():
+        with renamed(os.path.join(folder, file), LoRAError) as partial:
+            partial.write_bytes(data)
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,17 +27,15 @@ class LowRankBranch(LoRALayer):
         r: int = 8,
         alpha: float = 16.0,
         *,
-        scaling: str = "alpha/r",
-        dropout: float = 0.0,
-        variant: str = "lora",
         _check: bool = True,
+        **settings: Any,
     ) -> None:
         if not isinstance(base, self.kind):
             raise LoRAError(
                 f"{type(self).__name__} wraps an nn.{self.kind.__name__}, not "
                 f"{type(base).__name__}"
             )
-        self._adopt(base, AdapterSpec(r, alpha, scaling, dropout, variant))
+        self._adopt(base, AdapterSpec(r, alpha, **settings))
         out, *inside = self.weight.shape
         shapes = (r, *inside), (out, r, *[1] * self.dims)
         self._add_slot("all", "weight", None, *shapes, _check)
@@ -96,12 +95,10 @@ class LowRankBranch(LoRALayer):
         else:
             y = (y + spec.scale * self._branch(x.to(A.dtype), A, B)).to(y.dtype)
         if dora:
-            dtype = y.dtype
-            column = (-1, *[1] * self.dims)  # one number per output, beside y
+            dtype, column = y.dtype, (-1, *[1] * self.dims)  # one number per output
             y = y * self._row_scale().view(column)
-            if self.bias is not None:
-                y = y + self.bias.view(column)
-            y = y.to(dtype)
+            bias = 0 if self.bias is None else self.bias.view(column)
+            y = (y + bias).to(dtype)
         return y
 
 
@@ -187,26 +184,21 @@ class LoRAFusedLinear(LoRALinear):
         order: Iterable[str] = ("query", "key", "value"),
         layout: str = "thirds",
         heads: int | None = None,
-        scaling: str = "alpha/r",
-        dropout: float = 0.0,
-        variant: str = "lora",
         _check: bool = True,
+        **settings: Any,
     ) -> None:
-        self._adopt(base, AdapterSpec(r, alpha, scaling, dropout, variant))
+        self._adopt(base, AdapterSpec(r, alpha, **settings))
         self.order, self.layout, self.heads = tuple(order), layout, heads
-        chosen = tuple(p for p in self.order if p in set(parts))
-        unknown = set(parts) - set(self.order)
-        if unknown or not chosen:
+        chosen = [p for p in self.order if p in set(parts)]
+        if set(parts) - set(self.order) or not chosen:
             raise LoRAError(
                 f"parts {sorted(parts)} do not fit a fused layer of "
                 f"{', '.join(self.order)}."
             )
         for part in chosen:
             rows = part_rows(self.out_features, self.order, part, layout, heads)
-            shape = (self.spec.r, self.in_features)
-            self._add_slot(
-                part, "weight", rows, shape, (len(rows), self.spec.r), _check
-            )
+            shapes = (r, self.in_features), (len(rows), r)
+            self._add_slot(part, "weight", rows, *shapes, _check)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (R, in) stacked, B (out, R) with each part's block in its own rows."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,16 +15,6 @@ from torch import Tensor, nn
 from medtut.lora.inject import Patterns, as_patterns, is_adapter
 
 ROWS = ("adapter", "head", "decoder", "other trainable", "dead", "frozen")
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True)
@@ -72,14 +63,9 @@ class Ledger:
     def to_text(self) -> str:
         """An aligned table."""
         table = [_HEADINGS, *self._table()]
-        widths = [max(len(row[i]) for row in table) for i in range(len(_HEADINGS))]
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in table
-        ]
+        first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
+        form = "  ".join([f"{{:<{first}}}", *(f"{{:>{width}}}" for width in others)])
+        lines = [form.format(*row) for row in table]
         rule = "-" * len(lines[0])
         return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:]])
 
@@ -121,14 +107,12 @@ def safetensors_size(tensors: dict[str, Tensor]) -> int:
     offset = 0
     order = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
     for name in order:
-        t = tensors[name]
-        end = offset + t.numel() * t.element_size()
-        header[name] = {
-            "dtype": _DTYPES.get(t.dtype, "F32"),
-            "shape": list(t.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
+        t, start = tensors[name], offset
+        offset += t.numel() * t.element_size()
+        kind = str(t.dtype).removeprefix("torch.")  # float32 is written F32, uint8 U8
+        kind = re.sub("(float|uint|int)", lambda m: m[1][0], kind).upper()
+        place = {"shape": list(t.shape), "data_offsets": [start, offset]}
+        header[name] = {"dtype": kind, **place}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
     return 8 + 8 * math.ceil(len(text.encode("utf-8")) / 8) + offset
 
@@ -173,18 +157,14 @@ def ledger(
     dead = set(dead)
     tensors: dict[str, dict[str, Tensor]] = {row: {} for row in ROWS}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            row = "frozen"
-        elif name in dead:
-            row = "dead"
-        elif is_adapter(name):
-            row = "adapter"
-        elif any(h.search(name) for h in heads):
-            row = "head"
-        elif any(d.search(name) for d in decoders):
-            row = "decoder"
-        else:
-            row = "other trainable"
+        fits = {
+            "frozen": not p.requires_grad,
+            "dead": name in dead,
+            "adapter": is_adapter(name),
+            "head": any(h.search(name) for h in heads),
+            "decoder": any(d.search(name) for d in decoders),
+        }
+        row = next((row for row, so in fits.items() if so), "other trainable")
         tensors[row][name] = p
     trained = {n: t for row in ROWS if row != "frozen" for n, t in tensors[row].items()}
     return Ledger(

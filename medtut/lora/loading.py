@@ -34,30 +34,23 @@ Group = dict[str, Tensor]
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return {**json.loads(path.read_text(encoding="utf-8"))}
     except FileNotFoundError as error:
         raise LoRAError(
             f"{path} is missing: an adapter folder holds {WEIGHTS} and {CONFIG}."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise LoRAError(f"{path} is damaged or unreadable: {error}") from error
-    if not isinstance(content, dict):
-        raise LoRAError(f"{path} is damaged: expected a JSON object.")
-    return content
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        old = path.with_name("adapter_model.bin")
-        hint = (
-            f" {old.name} is a pickle and is not opened; save it again with "
-            "safe_serialization=True."
-            if old.exists()
-            else " Check the folder."
+        raise LoRAError(
+            f"{path} is missing. Check the folder (an adapter_model.bin, a pickle, is "
+            "not opened: save it again with safe_serialization=True)."
         )
-        raise LoRAError(f"{path} is missing.{hint}")
     try:
         with safe_open(path, framework="pt") as file:
             return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -75,10 +68,11 @@ def _groups(
     rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         short = key.removeprefix(PREFIX)
-        match = _KEY.match(short)
-        if match:
-            name = match["name"].replace(".base_layer.", ".")
-            groups.setdefault(name, {})[match["kind"]] = tensor
+        if match := _KEY.match(short):
+            # So peft names the output projection of a MultiheadAttention.
+            name, out = re.subn(r"\.base_layer\.out_proj$", "", match["name"])
+            name = name.replace(".base_layer.", ".")
+            groups.setdefault(name, {})["out_" * out + match["kind"]] = tensor
         elif "lora_" in short:
             raise LoRAError(
                 f"{path}: {key} belongs to a kind of adapter that medtut does not "
@@ -86,20 +80,19 @@ def _groups(
             )
         else:
             rest[short] = tensor
-    for name, group in groups.items():
-        if not {"lora_A", "lora_B"} <= set(group):
-            raise LoRAError(f"{path}: {name} has only {', '.join(group)}")
-    if not groups:
-        raise LoRAError(f"{path} holds no LoRA tensors.")
+    half = [n for n, group in groups.items() if not {"lora_A", "lora_B"} <= set(group)]
+    if half or not groups:
+        raise LoRAError(
+            f"{path} lacks lora_A and lora_B for {(half or ['any layer'])[0]}"
+        )
     return groups, rest
 
 
 def _pattern(patterns: dict, name: str, default: float) -> float:
     """peft's rule: a key fits if it is the end of the name, at a dot."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
+    fits = (k for k in patterns or {} if re.match(rf"(.*\.)?({k})$", name))
+    key = next(fits, None)
+    return default if key is None else patterns[key]
 
 
 def _peft_spec(config: dict, name: str, group: Group) -> AdapterSpec:
@@ -112,17 +105,6 @@ def _peft_spec(config: dict, name: str, group: Group) -> AdapterSpec:
         float(config.get("lora_dropout") or 0.0),
         "dora" if "lora_magnitude_vector" in group else "lora",
     )
-
-
-def _ungroup(A: Tensor, groups: int, where: str) -> Tensor:
-    """The shared A of a block-diagonal one; see :mod:`medtut.lora.conv`."""
-    shared = A[: A.shape[0] // groups, : A.shape[1] // groups]
-    if not torch.equal(block_diagonal(shared, groups), A):
-        raise LoRAError(
-            f"{where}: this adapter of a grouped convolution mixes groups, as peft "
-            "trains them; no grouped weight can hold that."
-        )
-    return shared
 
 
 def _assign(slot_A: Tensor, slot_B: Tensor, A: Tensor, B: Tensor, where: str) -> None:
@@ -140,13 +122,18 @@ def _assign(slot_A: Tensor, slot_B: Tensor, A: Tensor, B: Tensor, where: str) ->
 def _fill(layer: LoRALayer, group: Group, name: str, ours: bool) -> None:
     """Put the tensors of one peft layer into ours, the inverse of saving."""
     A, B = group["lora_A"], group["lora_B"]
-    if isinstance(layer, _LoRAConv) and layer.groups > 1:
-        A = _ungroup(A, layer.groups, name)
-    start = 0
-    r = layer.spec.r
+    if isinstance(layer, _LoRAConv) and (groups := layer.groups) > 1:
+        # The shared A of a block-diagonal one; see `medtut.lora.conv`.
+        whole, A = A, A[: A.shape[0] // groups, : A.shape[1] // groups]
+        if not torch.equal(block_diagonal(A, groups), whole):
+            raise LoRAError(
+                f"{name}: this adapter of a grouped convolution mixes groups, as peft "
+                "trains them; no grouped weight can hold that."
+            )
+    start, r = 0, layer.spec.r
     for slot in layer.slots():
         if slot.part == "output" and isinstance(layer, LoRAMultiheadAttention):
-            a, b, start = group["out_A"], group["out_B"], 0
+            a, b, start = group["out_lora_A"], group["out_lora_B"], 0
         else:
             a, b = A, slot.take(B)
         if not ours:
@@ -160,33 +147,7 @@ def _fill(layer: LoRALayer, group: Group, name: str, ours: bool) -> None:
                 _assign(slot.A0, slot.B0, a[start:stop], -b[:, start:stop], name)
                 start = stop
         if slot.magnitude is not None:
-            m = group["lora_magnitude_vector"].reshape(-1)
-            slot.magnitude.copy_(slot.take(m))
-
-
-def _attention_groups(model: nn.Module, groups: dict[str, Group]) -> dict[str, Group]:
-    """Join the output projection of a MultiheadAttention to its module."""
-    joined: dict[str, Group] = {}
-    for name, group in groups.items():
-        parent, _, last = name.rpartition(".")
-        if last == "out_proj" and _is_attention(model, parent):
-            target = joined.setdefault(parent, {})
-            target |= {"out_A": group["lora_A"], "out_B": group["lora_B"]}
-        else:
-            joined[name] = joined.get(name, {}) | group
-    for name, group in joined.items():
-        if "lora_A" not in group or (
-            "out_A" not in group and _is_attention(model, name)
-        ):
-            raise LoRAError(f"{name}: the file has only one of its two projections.")
-    return joined
-
-
-def _is_attention(model: nn.Module, name: str) -> bool:
-    try:
-        return isinstance(model.get_submodule(name), nn.MultiheadAttention)
-    except AttributeError:
-        return False
+            slot.magnitude.copy_(slot.take(group["lora_magnitude_vector"].flatten()))
 
 
 def _build(
@@ -202,21 +163,21 @@ def _build(
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
     if not isinstance(base, kinds):
         raise LoRAError(f"{name} is a {type(base).__name__}, which is not adaptable.")
+    attention = isinstance(base, nn.MultiheadAttention)
+    if attention != ("out_lora_A" in group):
+        raise LoRAError(f"{name}: a MultiheadAttention has two projections in a file.")
     if record is not None:
         spec = AdapterSpec(**{f.name: record[f.name] for f in fields(AdapterSpec)})
         shape = {k: record[k] for k in ("order", "layout", "heads") if k in record}
-        layer = make_layer(base, spec, parts=record["parts"], check=False, **shape)
+        layer = make_layer(base, spec, record["parts"], check=False, **shape)
     else:
-        attention = isinstance(base, nn.MultiheadAttention)
         spec = _peft_spec(config, name, group)
-        groups = getattr(base, "groups", 1)
-        if groups > 1:
+        if (groups := getattr(base, "groups", 1)) > 1:
             # Our rank counts one group's channels, peft's all of them.
-            r = spec.r // groups
-            alpha = spec.scale * r
-            spec = AdapterSpec(r, alpha, "alpha/r", spec.dropout, spec.variant)
-        layer = make_layer(base, spec, parts=PARTS if attention else (), check=False)
-        if attention and group["out_B"].any():
+            r, rest = spec.r // groups, (spec.dropout, spec.variant)
+            spec = AdapterSpec(r, spec.scale * r, "alpha/r", *rest)
+        layer = make_layer(base, spec, PARTS, check=False)
+        if attention and group["out_lora_B"].any():
             # huggingface/peft pull request 3774
             warnings.warn(
                 f"{name}: peft up to 0.21.2 adds the update of a MultiheadAttention's "
@@ -265,7 +226,6 @@ def load_adapter(
     tensors, metadata = _read_tensors(folder / WEIGHTS)
     groups, rest = _groups(tensors, folder / WEIGHTS)
     records = _check_fingerprint(model, folder, metadata, allow_other_base)
-    groups = _attention_groups(model, groups)
     own = model.state_dict()
     for key, tensor in rest.items():
         if key not in own or own[key].shape != tensor.shape:
@@ -295,13 +255,11 @@ def load_adapter(
         p.requires_grad_(False)
     replace_modules(model, {id(base): layer for base, layer in built.values()})
     guard_fast_paths(model)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        state = model.state_dict()
-        for key, tensor in rest.items():
-            state[key].copy_(tensor)
-            if key in parameters:
-                parameters[key].requires_grad_(True)
+    state = model.state_dict(keep_vars=True)
+    for key, tensor in rest.items():
+        state[key].detach().copy_(tensor)
+        if isinstance(state[key], nn.Parameter):
+            state[key].requires_grad_(True)
     return Injection({name: layer for name, (_, layer) in built.items()})
 
 

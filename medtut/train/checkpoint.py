@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medtut.files import renamed
 from medtut.train.config import FREE_ON_RESUME, TrainConfig, TrainError
 
 VERSION = 1
@@ -46,17 +47,13 @@ def put_back(model: nn.Module, saved: Mapping[str, Tensor], where: str) -> None:
         If names or shapes differ; the model is then unchanged.
     """
     here = changing(model)
-    for name in sorted(here.keys() | saved.keys()):
-        there = name in here and name in saved
-        if not there or here[name].shape != saved[name].shape:
-            shapes = [
-                str(tuple(t[name].shape)) if name in t else "none"
-                for t in (here, saved)
-            ]
+    now, then = ({n: tuple(t.shape) for n, t in ts.items()} for ts in (here, saved))
+    for name in sorted(now.keys() | then.keys()):
+        if now.get(name) != then.get(name):
             raise TrainError(
-                f"{where} does not fit the model: '{name}' has shape {shapes[0]} in "
-                f"the model and {shapes[1]} in the checkpoint. Build the model as it "
-                "was, or start over with resume=False."
+                f"{where} does not fit the model: '{name}' has shape {now.get(name)} "
+                f"in the model and {then.get(name)} in the checkpoint. Build the model "
+                "as it was, or start over with resume=False."
             )
     for name, tensor in saved.items():
         here[name].copy_(tensor)
@@ -104,19 +101,10 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
     TrainError
         If it cannot be written; the last checkpoint is still there.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            torch.save({"version": VERSION, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise TrainError(
-            f"The checkpoint {path} could not be written ({error}). Free some space or "
-            "choose another out folder; the last checkpoint is untouched."
-        ) from error
+    with renamed(path, TrainError) as partial, open(partial, "wb") as file:
+        torch.save({"version": VERSION, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read(path: Path, config: TrainConfig, size: int, base: str) -> dict[str, Any]:
@@ -169,5 +157,5 @@ def read(path: Path, config: TrainConfig, size: int, base: str) -> dict[str, Any
 
 def clean(folder: Path, path: Path) -> None:
     """Remove what killed runs left half written."""
-    for partial in folder.glob(f"{path.name}.*.partial"):
+    for partial in folder.glob(f".{path.name}.*.partial"):
         partial.unlink(missing_ok=True)

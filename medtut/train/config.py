@@ -23,21 +23,9 @@ CHOICES = {
     "mode": ("max", "min"),
     "device": ("auto", "cpu"),
 }
-# name: (type, smallest allowed, whether the smallest itself is allowed)
-NUMBERS: dict[str, tuple[type, float, bool]] = {
-    "steps": (int, 1, True),
-    "batch_size": (int, 1, True),
-    "lr": (float, 0, False),
-    "weight_decay": (float, 0, True),
-    "warmup": (int, 0, True),
-    "accumulate": (int, 1, True),
-    "clip_norm": (float, 0, True),
-    "eval_every": (int, 0, True),
-    "patience": (int, 0, True),
-    "checkpoint_every": (int, 0, True),
-    "seed": (int, 0, True),
-    "num_workers": (int, 0, True),
-}
+# Numbers below these, or equal to one of the second kind, are refused.
+AT_LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1}  # others: 0
+GREATER_THAN = {"lr": 0}
 # These may differ between the run that was cut off and the one that goes on.
 FREE_ON_RESUME = ("device", "num_workers", "checkpoint_every")
 
@@ -119,8 +107,11 @@ class TrainConfig:
                     f"TrainConfig.{name} is {value!r}; choose one of "
                     f"{', '.join(allowed)}."
                 )
-        for name, (kind, low, closed) in NUMBERS.items():
-            _number(f"TrainConfig.{name}", getattr(self, name), kind, low, closed)
+        for one in dataclasses.fields(self):
+            if one.type in ("int", "float"):
+                low = AT_LEAST.get(one.name, 0)
+                where, value = f"TrainConfig.{one.name}", getattr(self, one.name)
+                _number(where, value, one.type, low, one.name not in GREATER_THAN)
         if self.warmup >= self.steps:
             raise TrainError(
                 f"TrainConfig.warmup is {self.warmup} of {self.steps} steps; it must "
@@ -132,7 +123,7 @@ class TrainConfig:
             raise TrainError("TrainConfig.groups must map patterns to factors.")
         object.__setattr__(self, "groups", dict(self.groups))
         for pattern, factor in self.groups.items():
-            _number(f"TrainConfig.groups[{pattern!r}]", factor, float, 0, False)
+            _number(f"TrainConfig.groups[{pattern!r}]", factor, "float", 0, False)
             try:
                 re.compile(pattern)
             except (re.error, TypeError) as error:
@@ -158,12 +149,12 @@ class TrainConfig:
         return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _number(where: str, value: Any, kind: type, low: float, closed: bool) -> None:
-    accepted = (int,) if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, accepted):
-        hint = " (in YAML, write 1.0e-4: 1e-4 is text)" if kind is float else ""
-        article = "a whole number" if kind is int else "a number"
-        raise TrainError(f"{where} is {value!r}; it must be {article}{hint}.")
+def _number(where: str, value: Any, kind: str, low: float, closed: bool) -> None:
+    whole = kind == "int"
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        kind = "a number (in YAML, write 1.0e-4: 1e-4 is text)"
+        kind = "a whole number" if whole else kind
+        raise TrainError(f"{where} is {value!r}; it must be {kind}.")
     if not math.isfinite(value) or value < low or (value == low and not closed):
         bound = "at least" if closed else "greater than"
         raise TrainError(f"{where} is {value!r}; it must be {bound} {low}.")

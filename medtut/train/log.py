@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -23,21 +24,16 @@ class Log:
     """
 
     def __init__(self, path: Path | None, keep_to: int) -> None:
+        self.path = path
         self.history: list[dict[str, Any]] = []
-        self._file = None
         if path is None:
             return
-        if path.is_file():
+        with contextlib.suppress(ValueError, FileNotFoundError):
             for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    break
-                if entry["step"] > keep_to:
+                if (entry := json.loads(line))["step"] > keep_to:
                     break
                 self.history.append(entry)
         write_text(path, "".join(map(_line, self.history)))
-        self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
 
     def add(self, event: str, step: int, **values: Any) -> None:
         """Add one line and bring it to the file at once."""
@@ -46,15 +42,9 @@ class Log:
             if isinstance(value, float) and not math.isfinite(value):
                 entry[name] = None  # JSON has no NaN
         self.history.append(entry)
-        if self._file:
-            self._file.write(_line(entry))
-            self._file.flush()
-
-    def close(self) -> None:
-        """Close the file; the history stays."""
-        if self._file:
-            self._file.close()
-            self._file = None
+        if self.path:
+            with open(self.path, "a", encoding="utf-8", newline="\n") as file:
+                file.write(_line(entry))
 
 
 def _line(entry: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ processes; everything that decides the result stands here.
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -119,7 +117,7 @@ def fit(
         After Ctrl-C: the step is finished and saved first. A second Ctrl-C ends it at
         once, as ever.
     """
-    from accelerate.utils import gather_object, send_to_device
+    from accelerate.utils import gather_object, send_to_device, set_seed
     from tqdm.auto import tqdm
 
     check(model, train_set, config, validate)
@@ -157,10 +155,7 @@ def fit(
     if not model.training:
         model.train()
     # Every process draws its own dropout.
-    own_seed = config.seed + accelerator.process_index
-    random.seed(own_seed)
-    np.random.seed(own_seed % 2**32)
-    torch.manual_seed(own_seed)
+    set_seed((config.seed + accelerator.process_index) % 2**32)
     if accelerator.process_index < len(states):
         checkpoint.set_random_state(states[accelerator.process_index])
     accelerator.wait_for_everyone()
@@ -287,7 +282,6 @@ def fit(
             peak = memory.mb
     finally:
         bar.close()
-        log.close()
         optimizer.zero_grad(set_to_none=True)
         for module, mode in modes.items():
             module.training = mode

@@ -34,27 +34,19 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Make the optimizer: only what requires a gradient, grouped by learning rate."""
-    groups: dict[str, list[nn.Parameter]] = {pattern: [] for pattern in config.groups}
-    others: list[nn.Parameter] = []
-    names = []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            names.append(name)
-            fits = (g for g in groups if re.search(g, name))
-            groups.get(next(fits, ""), others).append(p)
-    for pattern, found in groups.items():
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    left, settings = dict(trained), []
+    for pattern, factor in config.groups.items():
+        found = [left.pop(name) for name in list(left) if re.search(pattern, name)]
+        settings.append({"params": found, "factor": float(factor)})
         if not found:
             raise TrainError(
                 f"TrainConfig.groups: {pattern!r} matches no trained parameter (or an "
-                f"earlier pattern took them all). Trained are: {', '.join(names[:20])}"
-                f"{' ...' if len(names) > 20 else ''}."
+                "earlier pattern took them all). Trained are: "
+                f"{', '.join([*trained][:20])}{' ...' if len(trained) > 20 else ''}."
             )
-    factors = [*map(float, config.groups.values()), 1.0]
-    settings = [
-        {"params": found, "factor": factor}
-        for found, factor in zip([*groups.values(), others], factors, strict=True)
-        if found
-    ]
+    if left:
+        settings.append({"params": list(left.values()), "factor": 1.0})
     shared = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd":
         return torch.optim.SGD(settings, momentum=0.9, **shared)

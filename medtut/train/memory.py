@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 
 from medtut.machine import MemorySampler
 
 
-class PeakMemory(contextlib.ExitStack):
+class PeakMemory(MemorySampler):
     """Measure the peak between entering and leaving, in MB (10^6 bytes).
 
     On CUDA: the most that torch had allocated. Elsewhere: the largest resident size of
@@ -21,19 +18,18 @@ class PeakMemory(contextlib.ExitStack):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._cuda = device if device.type == "cuda" else None
-        self._sampler = MemorySampler()
-
-    def __enter__(self) -> Any:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats(self._cuda)
+
+    def look(self) -> None:
+        """Look once, now."""
+        if self._cuda:
+            self.peak = torch.cuda.max_memory_allocated(self._cuda)
         else:
-            self.enter_context(self._sampler)
-        return super().__enter__()
+            super().look()
 
     @property
     def mb(self) -> float:
         """The peak so far."""
-        if self._cuda:
-            return torch.cuda.max_memory_allocated(self._cuda) / 1e6
-        self._sampler.look()
-        return self._sampler.peak / 1e6
+        self.look()
+        return self.peak / 1e6

@@ -8,6 +8,8 @@ changes nothing.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -26,18 +28,13 @@ def sample_at(position: int, size: int, seed: int) -> int:
     return int(epoch_order(size, seed, epoch)[within])
 
 
-_LAST: dict[str, Any] = {}
-
-
+@functools.lru_cache(maxsize=1)
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
     """Return the permutation of one epoch, shape (size,)."""
-    key = (size, seed, epoch)
-    if _LAST.get("key") != key:
-        _LAST["order"] = np.random.default_rng([seed, epoch]).permutation(size)
-        _LAST["key"] = key
-    return _LAST["order"]
+    return np.random.default_rng([seed, epoch]).permutation(size)
 
 
+@dataclasses.dataclass(eq=False)
 class Batches(torch.utils.data.Sampler):
     """Batches of one process, from a given step on.
 
@@ -52,18 +49,13 @@ class Batches(torch.utils.data.Sampler):
     seed, process, processes : int
     """
 
-    def __init__(
-        self,
-        size: int,
-        batch: int,
-        first: int,
-        last: int,
-        seed: int,
-        process: int,
-        processes: int,
-    ) -> None:
-        self.size, self.batch, self.first, self.last = size, batch, first, last
-        self.seed, self.process, self.processes = seed, process, processes
+    size: int
+    batch: int
+    first: int
+    last: int
+    seed: int
+    process: int
+    processes: int
 
     def __len__(self) -> int:
         return self.last - self.first
@@ -71,12 +63,8 @@ class Batches(torch.utils.data.Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for number in range(self.first, self.last):
             start = number * self.batch
-            yield [
-                (position, sample_at(position, self.size, self.seed))
-                for position in range(
-                    start + self.process, start + self.batch, self.processes
-                )
-            ]
+            own = range(start + self.process, start + self.batch, self.processes)
+            yield [(place, sample_at(place, self.size, self.seed)) for place in own]
 
 
 class Seeded(torch.utils.data.Dataset):

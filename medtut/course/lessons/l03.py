@@ -1,0 +1,235 @@
+"""Lesson 03: settings, sweep arms and the pieces its notebook and sweep share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from medtut.course.lessons.sam import (
+    DESIGNS,
+    is_cohort,
+    load_task,
+    slices_of,
+    train_arm,
+)
+from medtut.course.lessons.sam_judge import PROMPTS, judge
+from medtut.course.profiles import LessonSettings
+from medtut.data import brain_cohort
+from medtut.data.brats import Case, load_case, save_prediction
+from medtut.data.brats_men import Region, to_volume
+from medtut.data.cache import cached_file
+from medtut.errors import MedtutError
+
+COHORT_VERSION = brain_cohort.version()
+
+KEY_NUMBERS = [
+    ("zero_shot", "Dice per patient without training, jitter 5 %", "{:.3f}"),
+    ("lora", "Dice, LoRA on query and value", "{:.3f}"),
+    ("lora_minus_zero", "difference, five seeds", "{:+.3f}"),
+    ("self_target_last", "published loss at its end, Dice unmoved", "{:.4f}"),
+]
+
+
+class Settings(LessonSettings):
+    """What can be set in lesson 03.
+
+    Attributes
+    ----------
+    model : litemedsam, or segment-anything's (needs `checkpoint`).
+    checkpoint : file of weights; LiteMedSAM's comes with the course's assets.
+    side : pixels of the longest side as the model sees it.
+    first_layer : LiteMedSAM's first adapted layer, 1 to 3; what is below runs once.
+    steps, batch_size : of every training.
+    jitter : of the training boxes, as a fraction of the box's side.
+    slices : of a patient, trained on and judged on.
+    train_patients, validation_patients, test_patients : of the drawn cohort.
+    """
+
+    model: Literal["litemedsam", "vit_b", "vit_l", "vit_h"] = "litemedsam"
+    checkpoint: str | None = None
+    side: int = Field(ge=64, le=1024, multiple_of=16)
+    first_layer: int = Field(ge=1, le=3)
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    jitter: float = Field(ge=0, lt=1)
+    slices: int = Field(ge=1)
+    train_patients: int = Field(ge=1)
+    validation_patients: int = Field(ge=1)
+    test_patients: int = Field(ge=3)
+
+
+_COMMON = {"model": "litemedsam", "first_layer": 2, "batch_size": 4, "jitter": 0.05}
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": {
+        **_COMMON,
+        "side": 64,
+        "steps": 2,
+        "batch_size": 2,
+        "slices": 1,
+        "train_patients": 2,
+        "validation_patients": 1,
+        "test_patients": 3,
+    },
+    "quick": {
+        **_COMMON,
+        "side": 128,
+        "steps": 20,
+        "slices": 2,
+        "train_patients": 16,
+        "validation_patients": 4,
+        "test_patients": 12,
+    },
+    "full": {
+        **_COMMON,
+        "model": "vit_b",
+        "side": 1024,
+        "steps": 34_000,
+        "slices": 200,
+        "train_patients": 680,
+        "validation_patients": 50,
+        "test_patients": 150,
+    },
+}
+
+# One grid for the arms that are compared; the rate is chosen on validation.
+LEARNING_RATES = (1e-4, 1e-3, 3e-3, 1e-2)
+TUNING_SEED = 1000  # order and initialisation that no reported run has
+ARMS: dict[str, dict[str, Any]] = {name: {} for name in DESIGNS}
+TUNED = ("lora", "full", "decoder", "lora_decoder")
+UNTRAINED = ("zero", "zero_packed")
+
+
+def tuned(name: str, settings: Settings) -> dict[str, float]:
+    """Best validation Dice at every rate of the grid, in runs of half the length.
+
+    Kept in the cache, so that the five seeds of an arm tune once.
+    """
+    size = settings.model_dump(exclude={"out", "seed", "profile"})
+    key = {"arm": repr(DESIGNS[name]), "cohort": COHORT_VERSION, **size}
+    key |= {"rates": LEARNING_RATES}
+
+    def make(path: Path) -> None:
+        task = load_task(settings)
+        half = max(1, settings.steps // 2)
+        scores = {}
+        for rate in LEARNING_RATES:
+            args = (name, TUNING_SEED, rate, settings, task)
+            best = train_arm(*args, steps=half, evaluations=1)[2].best
+            scores[str(rate)] = best["score"]
+        path.write_text(json.dumps(scores), encoding="utf-8")
+
+    path = cached_file("l03_tuning", key, make, ".json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def run_arm(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
+    """Train one arm with one seed and judge it on the test patients.
+
+    The rates of the arms in `TUNED` come from the grid; the others vary `lora` in one
+    point and keep its rate, as one would who turns that knob alone.
+    """
+    grid = {"0": 0.0}
+    if arm not in UNTRAINED:
+        grid = tuned(arm if arm in TUNED else "lora", settings)
+    rate = float(max(grid, key=grid.__getitem__))
+    task = load_task(settings)
+    sam, encode, result = train_arm(arm, seed, rate, settings, task)
+    items = slices_of(task, "test", DESIGNS[arm], settings, seed)
+    shown = PROMPTS if arm in ("zero", "lora") else PROMPTS[1:2]
+    found = judge(sam, encode, items, settings, shown, seed)
+    main = found["jitter 5 %"]
+    return {
+        "score": float(main.dice.mean()),
+        "cases": main.dice.tolist(),
+        "patients": main.patients,
+        "scans": main.table.tolist(),
+        "averaged": main.mean.tolist(),
+        "prompts": {name: one.dice.tolist() for name, one in found.items()},
+        "lr": rate,
+        "validation_by_lr": grid,
+        "validation": [
+            [row["step"], row["score"]]
+            for row in (result.history if result else [])
+            if "score" in row
+        ],
+        "train_seconds": result.seconds if result else 0.0,
+        "images_encoded": encode.made,
+        "trainable": sum(p.numel() for p in sam.parameters() if p.requires_grad),
+    }
+
+
+def committed(key: str = "cases") -> dict[str, np.ndarray]:
+    """A number of the committed sweep by arm: ``(seeds, patients)`` or ``(seeds,)``."""
+    from medtut.course.sweep import load_sweep
+
+    runs = sorted(load_sweep("03_sam_lora"), key=lambda run: run["seed"])
+    return {
+        arm: np.array([r["metrics"][key] for r in runs if r["arm"] == arm])
+        for arm in ARMS
+        if any(r["arm"] == arm for r in runs)
+    }
+
+
+def committed_prompts(arm: str) -> dict[str, np.ndarray]:
+    """Dice ``(seeds, patients)`` of the committed runs of an arm under each prompt."""
+    from medtut.course.sweep import load_sweep
+
+    runs = [run for run in load_sweep("03_sam_lora") if run["arm"] == arm]
+    names = runs[0]["metrics"]["prompts"] if runs else ()
+    return {n: np.array([r["metrics"]["prompts"][n] for r in runs]) for n in names}
+
+
+def chosen_rate(arm: str) -> float:
+    """The learning rate that the committed sweep chose on validation."""
+    rates = committed("lr").get(arm)
+    if rates is None:
+        raise MedtutError(f"no sweep of {arm}: run `medtut sweep 03 --arms {arm}`.")
+    return float(rates[0])
+
+
+def pictures(settings: Settings) -> dict[str, list[dict[str, Any]]]:
+    """Pictures to try the models on, by group; items as `judge` takes them.
+
+    The folder given as `data`, if it holds pictures with masks and not a cohort; else
+    the slices of four real patients. Pictures with an empty mask have no box and are
+    left out.
+
+    Raises
+    ------
+    AssetUnavailable
+        Without a network, when the real patients were not fetched before.
+    """
+    from medtut.data.image_folder import REAL, find_pairs, load_pair, real_slices
+
+    if settings.data is not None and not is_cohort(settings.data):
+        groups = {"yours": [load_pair(pair) for pair in find_pairs(settings.data)]}
+    else:
+        groups = {name: real_slices(name) for name in REAL}
+    return {
+        name: [
+            item | {"case": name, "modality": "", "z": k}
+            for k, item in enumerate(items)
+            if item["mask"].any()
+        ]
+        for name, items in groups.items()
+    }
+
+
+def volume_viewer(case: Case, found: np.ndarray, region: Region, folder: Path) -> Any:
+    """Show a scan with a found mask (Z, H, W) in niivue; the mask is written first.
+
+    It is brought back to the grid of the case, as ``<case>-found.nii.gz``.
+    """
+    from ipyniivue import NiiVue
+
+    shape = load_case(case, ("t2f",)).image.shape[1:]
+    label = to_volume(found.astype(np.uint8), shape, "clean", region)
+    path = save_prediction(folder / f"{case.id}-found.nii.gz", label, case)
+    viewer = NiiVue()
+    mask = {"path": str(path), "colormap": "warm", "opacity": 0.5}
+    viewer.load_volumes([{"path": str(case.images["t2f"])}, mask])
+    return viewer

@@ -1,0 +1,270 @@
+"""Lesson 03's designs: how a SAM is adapted, trained, prompted and judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medtut.course.lessons.sam_judge import Frames, answer, judge
+from medtut.data.brain_cohort import CohortSpec, cohort_folder
+from medtut.data.brats_men import (
+    MEN,
+    MenSlices,
+    Region,
+    find_men_cases,
+    patient_of,
+    union_box,
+)
+from medtut.data.splits import Split
+from medtut.errors import MedtutError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from medtut.course.lessons.l03 import Settings
+    from medtut.data.brats import Case
+    from medtut.models.sam_stages import PrefixCache
+    from medtut.train import FitResult
+
+PACKED = ("t1c", "t2f", "t2w")  # three scans as the three colours
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to adapt a SAM.
+
+    Attributes
+    ----------
+    encoder, decoder : frozen, lora or full; see `medtut.models.sam.adapt_sam`.
+    rank, alpha, scaling : of the adapters on query and value.
+    policy : which slices of a patient are trained on.
+    packed : three scans as the colours of one picture, not one picture a scan.
+    self_target : the published loss, which compares a prediction with itself.
+    """
+
+    encoder: str = "lora"
+    decoder: str = "frozen"
+    rank: int = 4
+    alpha: float = 4.0
+    scaling: str = "alpha/r"
+    policy: str = "random"
+    packed: bool = False
+    self_target: bool = False
+
+
+# The scale is 1 at rank 4 in all three families; only there do they agree.
+DESIGNS: dict[str, Arm] = {
+    "zero": Arm(encoder="frozen"),
+    "lora": Arm(),
+    "full": Arm(encoder="full"),
+    "decoder": Arm(encoder="frozen", decoder="full"),
+    "lora_decoder": Arm(decoder="full"),
+    "published": Arm(rank=64, scaling="none", self_target=True),
+    "unscaled_16": Arm(rank=16, scaling="none"),
+    "unscaled_64": Arm(rank=64, scaling="none"),
+    "alpha_16": Arm(rank=16),
+    "alpha_64": Arm(rank=64),
+    "rs_16": Arm(rank=16, alpha=2.0, scaling="alpha/sqrt(r)"),
+    "rs_64": Arm(rank=64, alpha=2.0, scaling="alpha/sqrt(r)"),
+    "max": Arm(policy="max"),
+    "all": Arm(policy="all"),
+    "packed": Arm(packed=True),
+    "zero_packed": Arm(encoder="frozen", packed=True),
+}
+
+
+@dataclass
+class Task:
+    """Cases of the target scanner, their split, and the crop that holds all."""
+
+    cases: dict[str, Case]
+    split: Split
+    region: Region
+
+    def part(self, name: str) -> list[Case]:
+        """Cases of train, validation or test."""
+        return [self.cases[i] for i in getattr(self.split, name)]
+
+
+def is_cohort(folder: str) -> bool:
+    """Whether a folder holds BraTS-MEN volumes, and not pictures with masks."""
+    return any(Path(folder).rglob("*.nii*"))
+
+
+def load_task(settings: Settings) -> Task:
+    """Find the patients: the BraTS-MEN folder given as `data`, else the drawn cohort.
+
+    Raises
+    ------
+    MedtutError
+        The folder is not there, or holds fewer patients than the settings ask for.
+    """
+    if settings.data is not None and not Path(settings.data).is_dir():
+        raise MedtutError(f"data: there is no folder {settings.data}.")
+    wanted = (
+        settings.train_patients,
+        settings.validation_patients,
+        settings.test_patients,
+    )
+    if settings.data is None or not is_cohort(settings.data):
+        spec = CohortSpec("target", tumours=("meningioma",), count=sum(wanted))
+        folder = cohort_folder(spec, layout="brats-men", progress=True)
+    else:
+        folder = Path(settings.data)
+    cases = {case.id: case for case in find_men_cases(folder)}
+    patients: dict[str, list[str]] = {}
+    for name in sorted(cases):
+        patients.setdefault(patient_of(name), []).append(name)
+    if len(patients) < sum(wanted):
+        raise MedtutError(
+            f"{folder} holds {len(patients)} patients with masks; the settings ask for "
+            f"{' + '.join(map(str, wanted))}. Set train_patients, validation_patients "
+            "and test_patients lower."
+        )
+    order = np.random.default_rng(0).permutation(sorted(patients)).tolist()
+    ends = np.cumsum((0, *wanted))
+    parts = [
+        tuple(c for p in order[a:b] for c in patients[p]) for a, b in pairwise(ends)
+    ]
+    used = {name: cases[name] for part in parts for name in part}
+    return Task(used, Split(*parts, seed=0), union_box(list(used.values())))
+
+
+def build(arm: Arm | str, settings: Settings) -> nn.Module:
+    """The SAM of the settings with its weights, and what the arm trains in it."""
+    from medtut.lora import LoRAConfig
+    from medtut.models.litemedsam import load_litemedsam
+    from medtut.models.sam import adapt_sam, build_sam
+
+    arm = DESIGNS[arm] if isinstance(arm, str) else arm
+    if settings.model == "litemedsam":
+        sam = load_litemedsam(settings.checkpoint)
+        blocks = rf"image_encoder\.layers\.[{settings.first_layer}-3]\..*qkv"
+    else:
+        sam = build_sam(settings.model, settings.side, settings.checkpoint)
+        blocks = r"image_encoder\.blocks\..*qkv"
+    config = LoRAConfig(
+        arm.rank, arm.alpha, arm.scaling, roles=("query", "value"), pattern=blocks
+    )
+    adapt_sam(sam, config, encoder=arm.encoder, decoder=arm.decoder)
+    return sam
+
+
+def slices_of(
+    task: Task, part: str, arm: Arm, settings: Settings, seed: int
+) -> list[dict]:
+    """Training slices by the arm's policy; a few evenly spaced ones to judge on."""
+    train = part == "train"
+    names = PACKED if arm.packed else MEN
+    found = MenSlices(
+        task.part(part),
+        names,
+        policy=arm.policy if train else "all",
+        region=task.region,
+        count=settings.slices,
+        seed=seed,
+    )
+    items = [found[i] for i in range(len(found))]
+    levels: dict[str, list[int]] = {}
+    for item in items:
+        if item["z"] not in levels.setdefault(item["case"], []):
+            levels[item["case"]].append(item["z"])
+    if not train:
+        kept = {case: _spread(z, settings.slices) for case, z in levels.items()}
+        beside = {(i["case"], i["z"]): i["mask"] for i in items}
+        for item in items:
+            z = levels[item["case"]]
+            row = z.index(item["z"])
+            near = z[row + 1] if row + 1 < len(z) else z[max(0, row - 1)]
+            item["beside"] = beside[item["case"], near]
+        items = [i for i in items if i["z"] in kept[i["case"]]]
+    if not arm.packed:
+        return items
+    n = len(names)
+    return [
+        items[k] | {"image": np.stack([i["image"] for i in items[k : k + n]], -1)}
+        for k in range(0, len(items), n)
+    ]
+
+
+def _spread(levels: Sequence[int], count: int) -> set[int]:
+    """``count`` of the levels in the middle of as many equal parts."""
+    at = (np.arange(count) + 0.5) / count * len(levels)
+    return {levels[int(i)] for i in at}
+
+
+def loss_of(arm: Arm, encode: Any, settings: Settings) -> Any:
+    """``loss(sam, batch)``: Dice with cross-entropy, weighted 1:1 as the source has it.
+
+    The published form hands the prediction over as its own target.
+    """
+    from monai.losses import DiceCELoss
+
+    both = DiceCELoss(sigmoid=True, squared_pred=True)
+
+    def loss(sam: nn.Module, batch: dict) -> Tensor:
+        size = batch["mask"].shape[-2:]
+        logits = answer(sam, encode(batch["x"]), batch["box"], size, settings)
+        return both(logits, logits.sigmoid() if arm.self_target else batch["mask"])
+
+    return loss
+
+
+def train_arm(
+    name: str,
+    seed: int,
+    rate: float,
+    settings: Settings,
+    task: Task,
+    *,
+    steps: int | None = None,
+    evaluations: int = 2,
+    out: Path | None = None,
+    progress: bool = False,
+) -> tuple[nn.Module, PrefixCache, FitResult | None]:
+    """Adapt a SAM with one arm at one learning rate; keeps the best validation."""
+    import torch
+
+    from medtut.models.sam_stages import PrefixCache
+    from medtut.train import TrainConfig, fit
+
+    arm = DESIGNS[name]
+    torch.manual_seed(seed)
+    sam = build(arm, settings)
+    encode = PrefixCache(sam.image_encoder, half=True)
+    if not any(p.requires_grad for p in sam.parameters()):
+        return sam, encode, None
+    steps = steps or settings.steps
+    train = Frames(
+        slices_of(task, "train", arm, settings, seed), settings, settings.jitter
+    )
+    held = slices_of(task, "validation", arm, settings, seed)
+    config = TrainConfig(
+        steps=steps,
+        batch_size=settings.batch_size,
+        lr=rate,
+        weight_decay=0.01,
+        warmup=steps // 20,
+        eval_every=max(1, steps // evaluations),
+        seed=seed,
+    )
+
+    def validate(sam: nn.Module) -> dict[str, float]:
+        (found,) = judge(sam, encode, held, settings).values()
+        return {"score": float(found.dice.mean())}
+
+    result = fit(
+        sam,
+        loss_of(arm, encode, settings),
+        train,
+        config,
+        validate=validate,
+        out=out,
+        progress=progress,
+    )
+    return sam, encode, result
