@@ -93,5 +93,5 @@ def environment(**values: str) -> Iterator[None]:
         yield
     finally:
         for key, value in kept.items():
-            os.environ.pop(key)
+            os.environ.pop(key, None)
             os.environ.update({key: value} if value is not None else {})

@@ -1,7 +1,10 @@
 """Settings: what is accepted, what is refused, and what the refusal says."""
 
+import os
+
 import pytest
 
+from medtut.course.catalog import environment
 from medtut.course.profiles import (
     PROFILES,
     SettingsError,
@@ -100,3 +103,15 @@ def test_profile_table():
     table = profile_table()
     assert tuple(table) == PROFILES
     assert [table[name]["evidence"] for name in PROFILES] == [False, True, True]
+
+
+def test_variables_set_for_a_while_are_put_back(monkeypatch):
+    monkeypatch.setenv("MEDTUT_PROFILE", "full")
+    monkeypatch.delenv("MEDTUT_OUT", raising=False)
+    with environment(MEDTUT_PROFILE="smoke", MEDTUT_OUT="x"):
+        assert (os.environ["MEDTUT_PROFILE"], os.environ["MEDTUT_OUT"]) == (
+            "smoke",
+            "x",
+        )
+    assert os.environ["MEDTUT_PROFILE"] == "full"
+    assert "MEDTUT_OUT" not in os.environ

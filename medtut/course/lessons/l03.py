@@ -11,6 +11,7 @@ from pydantic import Field
 
 from medtut.course.lessons.sam import (
     DESIGNS,
+    RANDOM,
     is_cohort,
     load_task,
     slices_of,
@@ -40,7 +41,8 @@ class Settings(LessonSettings):
     Attributes
     ----------
     model : litemedsam, or segment-anything's (needs `checkpoint`).
-    checkpoint : file of weights; LiteMedSAM's comes with the course's assets.
+    checkpoint : file of weights; LiteMedSAM's comes with the course's assets. "random"
+        takes none.
     side : pixels of the longest side as the model sees it.
     first_layer : LiteMedSAM's first adapted layer, 1 to 3; what is below runs once.
     steps, batch_size : of every training.
@@ -191,11 +193,32 @@ def chosen_rate(arm: str) -> float:
     return float(rates[0])
 
 
+def with_weights(lesson: Any) -> Settings:
+    """Settings of a lesson; with random weights, and saying so, where none are."""
+    from medtut.data.assets import AssetUnavailable, fetch
+
+    settings = lesson.settings
+    if settings.model == "litemedsam" and settings.checkpoint is None:
+        try:
+            fetch("litemedsam")
+        except AssetUnavailable:
+            said = "random weights, so that no number below is evidence"
+            lesson.fell_back("LiteMedSAM's weights", said)
+            return settings.model_copy(update={"checkpoint": RANDOM})
+    return settings
+
+
+def picture_settings(settings: Settings) -> Settings:
+    """LiteMedSAM's own 256 pixels for pictures from elsewhere, outside of smoke."""
+    small = settings.model == "litemedsam" and settings.profile != "smoke"
+    return settings.model_copy(update={"side": 256}) if small else settings
+
+
 def pictures(settings: Settings) -> dict[str, list[dict[str, Any]]]:
     """Pictures to try the models on, by group; items as `judge` takes them.
 
     The folder given as `data`, if it holds pictures with masks and not a cohort; else
-    the slices of four real patients. Pictures with an empty mask have no box and are
+    a few slices of four real patients. Pictures with an empty mask have no box and are
     left out.
 
     Raises
@@ -209,6 +232,7 @@ def pictures(settings: Settings) -> dict[str, list[dict[str, Any]]]:
         groups = {"yours": [load_pair(pair) for pair in find_pairs(settings.data)]}
     else:
         groups = {name: real_slices(name) for name in REAL}
+        groups = {name: items[:: -(-len(items) // 4)] for name, items in groups.items()}
     return {
         name: [
             item | {"case": name, "modality": "", "z": k}

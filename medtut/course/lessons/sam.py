@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from medtut.models.sam_stages import PrefixCache
     from medtut.train import FitResult
 
+RANDOM = "random"  # in the place of a checkpoint: runs, and is no evidence
 PACKED = ("t1c", "t2f", "t2w")  # three scans as the three colours
 
 
@@ -136,17 +137,31 @@ def load_task(settings: Settings) -> Task:
 
 
 def build(arm: Arm | str, settings: Settings) -> nn.Module:
-    """The SAM of the settings with its weights, and what the arm trains in it."""
+    """The SAM of the settings with its weights, and what the arm trains in it.
+
+    Raises
+    ------
+    AssetUnavailable
+        LiteMedSAM's weights are not here and cannot be fetched.
+    MedtutError
+        One of segment-anything's models without a checkpoint, or one that does not fit.
+    """
     from medtut.lora import LoRAConfig
-    from medtut.models.litemedsam import load_litemedsam
+    from medtut.models.litemedsam import LiteMedSAM, load_litemedsam
     from medtut.models.sam import adapt_sam, build_sam
 
     arm = DESIGNS[arm] if isinstance(arm, str) else arm
+    file = settings.checkpoint
     if settings.model == "litemedsam":
-        sam = load_litemedsam(settings.checkpoint)
+        sam = LiteMedSAM().eval() if file == RANDOM else load_litemedsam(file)
         blocks = rf"image_encoder\.layers\.[{settings.first_layer}-3]\..*qkv"
     else:
-        sam = build_sam(settings.model, settings.side, settings.checkpoint)
+        if file is None:
+            raise MedtutError(
+                f"{settings.model} needs Meta's weights: set checkpoint to the file, "
+                f"or to {RANDOM!r} to see the lesson run without."
+            )
+        sam = build_sam(settings.model, settings.side, None if file == RANDOM else file)
         blocks = r"image_encoder\.blocks\..*qkv"
     config = LoRAConfig(
         arm.rank, arm.alpha, arm.scaling, roles=("query", "value"), pattern=blocks
@@ -250,7 +265,10 @@ def train_arm(
         lr=rate,
         weight_decay=0.01,
         warmup=steps // 20,
-        eval_every=max(1, steps // evaluations),
+        # Every second epoch, as the source has it, and at the least so often.
+        eval_every=max(
+            1, min(steps // evaluations, 2 * len(train) // settings.batch_size)
+        ),
         seed=seed,
     )
 
