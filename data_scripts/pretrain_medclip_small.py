@@ -27,6 +27,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from brain_reports import (
+    entities,
+    entity_names,
+    phrases,
+    slice_facts,
+    write_report,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,13 +41,6 @@ from torch.utils.data import Dataset
 
 from medtut.data import brain_cohort
 from medtut.data.brain_cohort import CohortSpec, cohort_folder
-from medtut.data.brain_reports import (
-    entities,
-    entity_names,
-    phrases,
-    slice_facts,
-    write_report,
-)
 from medtut.data.brats import MODALITIES, find_cases
 from medtut.data.brats_slices import SliceDataset
 from medtut.data.cache import write_by_rename

@@ -84,7 +84,13 @@ lesson
 # to query and value of the twelve attention blocks of ViT-B, at ranks 64, 128 and 256.
 #
 # SAM's query, key and value are one layer of 3 × 768 outputs; an adapter has to add its
-# update to the first and the last third of them. We count at full size, without weights.
+# update to the first and the last third of them:
+#
+# $$q = (W_q + s\,B_q A_q)\,x, \qquad k = W_k\,x, \qquad v = (W_v + s\,B_v A_v)\,x,$$
+#
+# with $A$ of shape $r \times 768$ and $B$ of $768 \times r$, and $s = 1$ at every rank in the
+# public code. That is $2 \cdot 2 \cdot 768\,r$ numbers in a block and $36{,}864\,r$ in twelve. We
+# count at full size, without weights.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -186,10 +192,15 @@ lesson.show(fig, "self_target", "The loss against itself falls to almost 0 in 30
             "the Dice against the truth is a flat line.");
 
 # %% [markdown]
-# The loss falls to nearly nothing, and the Dice does not move at all. Its gradient pushes every
-# pixel away from 0.5, to whichever side it was on: the network becomes *sure*, not right. This
-# is what the report describes, "losses fall, Dice deteriorates", and reported losses between
-# 0.05 and 0.3 fit this version only. (Inference, but a strong one.)
+# The loss falls to nearly nothing, and the Dice does not move at all. The reason is one line of
+# algebra. With $p = \sigma(z)$ as its own target, the cross-entropy of a pixel is its entropy,
+#
+# $$H(z) = -p \log p - (1-p) \log (1-p), \qquad \frac{dH}{dz} = -z\,p\,(1-p),$$
+#
+# so that descent pushes every logit away from zero, to whichever side it was on: the network
+# becomes *sure*, not right. (The Dice of a prediction with itself says no more.) This is what the
+# report describes, falling losses beside a useless Dice, and of the versions that are public only
+# this one gives losses as small as those reported. An inference, but a strong one.
 #
 # Three earlier versions compare with the truth but lose the batch axis on the way. MONAI's
 # `DiceCELoss` then takes the 138 rows of the image for 138 classes. `medtut.audit` can ask a loss
@@ -267,10 +278,12 @@ q2.check(soft_dice_loss)
 # %% [markdown]
 # ### 2.4 A larger rank was a larger step
 #
-# The update is `B A x` without the factor α/r of the LoRA paper. At the first step of Adam every
-# entry of `B` moves by the learning rate, whatever its gradient, so the size of `B A` grows with
-# √r. Comparing ranks at one learning rate then compares step sizes. rsLoRA (Kalajdzievski, 2023)
-# divides by √r. We take one step in a SAM and measure:
+# The update is $B A x$ without the factor $\alpha/r$ of the LoRA paper. At the first step of Adam
+# every entry of $B$ moves by the learning rate, up or down, whatever its gradient. An entry of
+# $B A$ is then a sum of $r$ terms of that size with random signs, and such a sum grows with
+# $\sqrt{r}$. Comparing ranks at one learning rate compares step sizes. rsLoRA (Kalajdzievski, 2023)
+# divides by $\sqrt{r}$; the classic $\alpha/r$ divides by more than is needed. One step, on a layer
+# of ViT-B's shape, from the start that all three share:
 
 # %%
 from medtut.lora import inject, update_norm
@@ -337,8 +350,11 @@ books
 # ### A frozen prefix is computed once
 #
 # Adapters sit in the last two layers, eight of the ten attention blocks. Everything below them
-# gives the same numbers in every epoch, so `PrefixCache` keeps them; gradients do not change,
-# because none would have flown further down. What does a second visit to an image cost?
+# gives the same numbers in every epoch, so `PrefixCache` keeps them, under a name made from the
+# picture's content and every weight that it passed: change either, and it is computed anew.
+# Gradients do not change, because none would have flown further down. In the other direction the
+# backward pass must still walk from the mask down to the lowest adapter, so the saving is largest
+# where only the decoder learns. What does a second visit to an image cost here?
 
 # %%
 def seconds(encode, x, times=3):
@@ -363,9 +379,16 @@ print(f"one visit with gradients: {faster:.2f} times as fast from the cache; "
 #
 # ### Trained
 #
-# Soft Dice plus cross-entropy, 1:1, as the report states it, now against the truth. Boxes are
-# jittered in training, by 5 % of their side, so that the model learns to forgive a hand. The rate
-# was chosen on validation patients, for every arm from one grid.
+# Soft Dice plus cross-entropy, 1:1, as the report states it, now against the truth $t$:
+#
+# $$L = 1 - \frac{2\sum p\,t}{\sum p^2 + \sum t^2} \; - \; \frac{1}{n}\sum \big[t \log p + (1-t)
+# \log (1-p)\big].$$
+#
+# Logits come back to the pixels of the slice before they are compared. Boxes are jittered in training,
+# by 5 % of their side, so that the model learns to forgive a hand. Four pictures make a step, and
+# every scan is a picture of its own. The rate was chosen on validation patients, from one grid of
+# four for every arm that is compared. The source validates every second epoch on all tumour slices,
+# and so does `full`; this short run validates twice, on a few.
 
 # %%
 rate = l03.chosen_rate("lora")
@@ -377,8 +400,8 @@ lesson.show(vs.curves(result.history), "curves", "Training loss falls and the Di
 # %% [markdown]
 # ## 4 · Judged
 #
-# A patient's Dice pools the slices judged, so that a slice with little tumour counts little, and
-# is taken for each scan. The prompt is the true box with 5 % jitter, the *same* boxes for every
+# A patient's Dice pools the slices judged, so that a slice with little tumour counts little. It
+# is taken for each scan and then averaged over the four. The prompt is the true box with 5 % jitter, the *same* boxes for every
 # model. Then the same models under other prompts:
 #
 # - the tight box of the truth, as published;
@@ -622,7 +645,7 @@ print("packed minus averaged:", difference)
 #
 # ## 6 · Real patients
 #
-# Four real scans with drawn masks (PyRadiomics test data): two brains, T1 with contrast agent and
+# Four real scans with masks drawn by hand (PyRadiomics test data): two brains, T1 with contrast agent and
 # with the skull, and two chest CTs with a lung tumour. The adapters saw neither a real brain nor a
 # lung. The prompt is the true box, the pictures have the 256 pixels that LiteMedSAM was made for, and
 # four slices of each patient are judged. Four patients are a demonstration, not evidence; a folder of

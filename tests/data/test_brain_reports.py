@@ -2,10 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from medtut.data.brain_reports import (
+from brain_reports import (
     SliceFacts,
     entities,
     entity_names,
@@ -14,6 +11,9 @@ from medtut.data.brain_reports import (
     slice_report,
     write_report,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from medtut.errors import MedtutError
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from brain_reports import SliceFacts, entities, entity_names, slice_facts
 from torch.nn import functional as F
-
-from medtut.data.brain_reports import SliceFacts, entities, entity_names, slice_facts
 
 
 @pytest.fixture(scope="module")

@@ -159,7 +159,7 @@ def test_parameter_counts():
 
 
 # Of the lines "name shape", sorted, of the file that the asset pins.
-NAMES = "@@NAMES@@"
+NAMES = "705d0648240419f92fe760af13d9865c6a254d0d93917a6e0302d495d2e7dd62"
 
 
 def names_digest(state):
@@ -193,7 +193,6 @@ def test_strips_are_exact(height):
     torch.manual_seed(0)
     module = randomise(MBConv(8))
     x = noise(2, 8, height, 9) - 0.5
-    wanted = F.gelu(x + three(module.state_dict(), "", x)) if False else None
     w = {f"m.{k}": v for k, v in module.state_dict().items()}
     wanted = F.gelu(x + three(w, "m", x))
     found = module(x)
@@ -317,8 +316,24 @@ def test_the_asset_is_taken_where_no_file_is_given(tmp_path, monkeypatch):
 # --- with the published weights ----------------------------------------------------
 
 # Made once by `plain` above with the published weights; then the decoder's answer.
-EMBEDDING = {}
-LOGITS = {}
+EMBEDDING = {
+    (0, 0, 0): -0.0222,
+    (7, 10, 60): 0.0777,
+    (100, 25, 37): -0.0831,
+    (128, 40, 20): 0.0100,
+    (200, 63, 63): 0.0067,
+    (255, 32, 0): -0.0200,
+}
+LOGITS = {
+    (0, 0): -34.2943,
+    (60, 150): -2.0020,
+    (100, 105): -11.1561,
+    (100, 150): 11.1177,
+    (139, 150): 3.3312,
+    (143, 190): -11.7941,
+    (200, 40): -31.8374,
+    (255, 255): -28.2689,
+}
 
 
 @pytest.fixture(scope="module")
@@ -338,3 +353,37 @@ def picture(side=256):
 
 
 BOX = torch.tensor([[[105.0, 55.0, 195.0, 145.0]]])
+
+
+@torch.no_grad()
+def test_published_weights_give_the_stored_numbers(published):
+    x = picture()
+    embedding = published.image_encoder(x)
+    assert embedding.shape == (1, 256, 64, 64)
+    for place, value in EMBEDDING.items():
+        assert float(embedding[0][place]) == pytest.approx(value, abs=2e-4), place
+    assert float(embedding.std()) == pytest.approx(0.0999, abs=2e-4)
+    logits, iou = decode(published, embedding, BOX)
+    for place, value in LOGITS.items():
+        assert float(logits[0, 0, 0][place]) == pytest.approx(value, abs=1e-3), place
+    assert float(iou) == pytest.approx(0.9803, abs=1e-3)
+    # The disc, and nothing else: what these weights are for.
+    y, x = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
+    disc, mask = (x - 150) ** 2 + (y - 100) ** 2 < 40**2, logits[0, 0, 0] > 0
+    assert 2 * (disc & mask).sum() / (disc.sum() + mask.sum()) > 0.99
+
+
+def test_published_file_has_the_models_names(published):
+    state = torch.load(litemedsam._asset(), weights_only=True)
+    assert len(state) == 435
+    assert names_digest(state) == NAMES
+    own = published.state_dict()
+    assert all(torch.equal(own[k], v) for k, v in state.items())
+
+
+def test_published_encoder_equals_the_plain_one(published):
+    x = picture(72)[..., :52]
+    with torch.no_grad():
+        found = published.image_encoder(x)
+    wanted = plain(published.image_encoder.state_dict(), x)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

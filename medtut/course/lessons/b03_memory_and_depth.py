@@ -1,0 +1,40 @@
+"""Bonus 03: settings of the notebook on memory, loss weights and attention in depth."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from medtut.course.lessons import l03
+
+KEY_NUMBERS = [
+    ("mib_full", "MiB kept per picture, full encoder of LiteMedSAM", "{:.0f}"),
+    ("mib_lora", "the same, LoRA in layers 2 and 3", "{:.0f}"),
+    ("weights_range", "range of Dice over the loss's weights (one run)", "{:.3f}"),
+    ("depth_minus_alone", "Dice, neighbours minus none (one run)", "{:+.3f}"),
+]
+
+
+class Settings(l03.Settings):
+    """What can be set in the bonus notebook, beside lesson 03's.
+
+    Attributes
+    ----------
+    model : LiteMedSAM only; the attention in depth is written for its layers.
+    rate : learning rate of every training; None for those that lesson 03's sweep chose.
+    width : of the attention in depth.
+    """
+
+    model: Literal["litemedsam"] = "litemedsam"
+    rate: float | None = Field(default=None, gt=0)
+    width: int = Field(default=32, ge=1)
+
+
+# The lesson's own numbers of patients, so that the drawn cohort is the same.
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": l03.PRESETS["smoke"],
+    "quick": l03.PRESETS["quick"] | {"steps": 12, "slices": 1},
+    "full": l03.PRESETS["full"]
+    | {"model": "litemedsam", "side": 256, "steps": 2000, "slices": 4},
+}
