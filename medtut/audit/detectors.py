@@ -97,41 +97,26 @@ def adapters_change_nothing(subject: Subject) -> Result:
                 "weights, so the effect of adapters cannot be told"
             ]
         every = [p for one in sites for p in one.parameters.values()]
-        numbers: dict[str, Any] = {
-            "largest_output_change": 0.0,
-            "sites": len(sites),
-            "parameters": sum(one.size for one in sites),
-        }
-        if _effect(subject, every, base) == 0:
-            message = (
-                "No adapter has any effect: with noise on all their weights the "
-                f"output stays the same to the last bit.{_why(model, sites)}"
-            )
-            where = _listed(one.name for one in sites)
-            return [Finding(name, "error", where, message, numbers)], []
-        step = -(-len(sites) // MAX_SITES)
-        tried = sites[::step]
-        dead = [
-            one
-            for one in tried
-            if _effect(subject, list(one.parameters.values()), base) == 0
-        ]
-    notes = [f"tried {len(tried)} of {len(sites)} adapters one by one"]
+        dead, notes = sites, []
+        counts = {"sites": len(sites)}
+        said = "No adapter has any effect: with noise on all their weights the "
+        said += "output stays the same to the last bit."
+        if _effect(subject, every, base) > 0:
+            tried = sites[:: -(-len(sites) // MAX_SITES)]
+            own = [list(one.parameters.values()) for one in tried]
+            effects = [_effect(subject, one, base) for one in own]
+            dead = [one for one, e in zip(tried, effects, strict=True) if e == 0]
+            if len(tried) < len(sites):
+                notes.append(f"tried {len(tried)} of {len(sites)} adapters one by one")
+            counts = {"sites_without_effect": len(dead), "of_sites": len(tried)}
+            said = f"{len(dead)} of {len(tried)} adapters have no effect on the "
+            said += "output, whatever their weights."
     if not dead:
-        return [], notes if step > 1 else []
-    numbers = {
-        "largest_output_change": 0.0,
-        "sites_without_effect": len(dead),
-        "of_sites": len(tried),
-        "parameters": sum(one.size for one in dead),
-    }
-    message = (
-        f"{len(dead)} of {len(tried)} adapters have no effect on the output, whatever "
-        f"their weights.{_why(model, dead)}"
-    )
+        return [], notes
+    numbers: dict[str, Any] = {"largest_output_change": 0.0, **counts}
+    numbers["parameters"] = sum(one.size for one in dead)
     where = _listed(one.name for one in dead)
-    found = [Finding(name, "error", where, message, numbers)]
-    return found, notes if step > 1 else []
+    return [Finding(name, "error", where, said + _why(model, dead), numbers)], notes
 
 
 def _why(model: nn.Module, sites: list[Site]) -> str:
@@ -189,27 +174,12 @@ def trainable_without_gradient(subject: Subject) -> Result:
         for one in model.parameters():
             one.grad = None
         torch.manual_seed(0)
-        with torch.enable_grad():
-            loss = loss_of(subject)
-            if loss.requires_grad:
-                loss.backward()
-        kinds: dict[str, list[str]] = {"unreached": [], "zero": [], "broken": []}
-        for key, one in wanted.items():
-            if one.grad is None:
-                kinds["unreached"].append(key)
-            elif not torch.isfinite(one.grad).all():
-                kinds["broken"].append(key)
-            elif one.numel() and not one.grad.any():
-                kinds["zero"].append(key)
-    said = {
-        "unreached": ("error", "trainable, but no gradient reaches it: it is not used"),
-        "broken": ("error", "the gradient holds NaN or infinity"),
-        "zero": ("warning", "reached, but every entry of the gradient is exactly zero"),
-    }
+        _backward(subject)
+        faults = {key: _fault(one) for key, one in wanted.items()}
     found = []
-    for kind, names in kinds.items():
-        if names:
-            severity, message = said[kind]
+    for fault in _FAULTS:
+        if names := [key for key, one in faults.items() if one is fault]:
+            severity, message = fault
             numbers = {
                 "tensors": len(names),
                 "of_trainable_tensors": len(wanted),
@@ -218,6 +188,21 @@ def trainable_without_gradient(subject: Subject) -> Result:
             }
             found.append(Finding(name, severity, _listed(names), message, numbers))
     return found + _frozen_adapters(model, name), []
+
+
+_UNREACHED = ("error", "trainable, but no gradient reaches it: it is not used")
+_ZERO = ("warning", "reached, but every entry of the gradient is exactly zero")
+_BROKEN = ("error", "the gradient holds NaN or infinity")
+_FAULTS = (_UNREACHED, _ZERO, _BROKEN)  # as they are listed
+
+
+def _fault(one: Tensor) -> tuple[str, str] | None:
+    """What is wrong with the gradient of a trainable tensor."""
+    if one.grad is None:
+        return _UNREACHED
+    if not torch.isfinite(one.grad).all():
+        return _BROKEN
+    return _ZERO if one.numel() and not one.grad.any() else None
 
 
 def _frozen_adapters(model: nn.Module, name: str) -> list[Finding]:
@@ -324,10 +309,14 @@ def _optimizer(subject: Subject, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(wanted, lr=lr, weight_decay=0.01)
 
 
-def _step(subject: Subject, optimizer: torch.optim.Optimizer) -> None:
-    optimizer.zero_grad()
+def _backward(subject: Subject) -> None:
     with torch.enable_grad():
         loss = loss_of(subject)
         if loss.requires_grad:
             loss.backward()
+
+
+def _step(subject: Subject, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    _backward(subject)
     optimizer.step()

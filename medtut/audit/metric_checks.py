@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from math import isnan, nan
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,49 +17,22 @@ from medtut.audit.subject import Subject, SubjectError
 SIDE = 64
 MISSED, SLACK = 0.1, 1e-3  # most that a complete miss may score; rounding
 
-_SAID = {
-    "order": "A perfect prediction must score 1, one that finds half less, one that "
-    "finds nothing least. Is it a loss, or a percentage?",
-    "background": "A lesion missed completely must score about 0. What it scores more "
-    "comes from the background, nearly all of the image (leave class 0 out), or from "
-    "classes that are in neither map (leave these out too).",
-    "empty": "An empty label stops the metric.",
-    "alarm": "A lesion found where there is none must score 0: NaN hides it from the "
-    "mean or spoils the mean, 1 rewards it.",
-    "smooth": "A false alarm on an empty label scores above 0, more the smaller it is: "
-    "a smoothing term such as (2·overlap + 1) / (sizes + 1) does this.",
-    "right": "An empty label left empty is right: score it 1, or NaN to leave it out.",
-}
-_SHOWN = {
-    "order": ("perfect", "half_found", "none_found"),
-    "background": ("tiny_lesion_missed", "tiny_lesion_misplaced"),
-    "empty": ("empty_left_empty", "one_voxel_on_empty", "lesion_on_empty"),
-}
+
+@cache
+def _tables() -> dict[str, Any]:
+    import yaml
+
+    text = Path(__file__).with_suffix(".yml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
 
 
-def _map(*squares: tuple[int, int, int]) -> Tensor:
-    """A label map (1, 64, 64) with squares of (first row and column, side, label)."""
-    label = torch.zeros(1, SIDE, SIDE, dtype=torch.long)
-    for start, side, value in squares:
-        label[:, start : start + side, start : start + side] = value
-    return label
-
-
-def _probes() -> dict[str, tuple[Tensor, Tensor]]:
-    """Prediction and label of every probe, by name."""
-    nothing, tiny, big = _map(), _map((10, 6, 1)), _map((20, 20, 1))
-    return {
-        "perfect": (big, big),
-        "half_found": (_map((20, 14, 1)), big),
-        "none_found": (nothing, big),
-        "tiny_lesion_missed": (nothing, tiny),
-        "tiny_lesion_misplaced": (_map((40, 6, 1)), tiny),
-        "classes_swapped": (_map((4, 9, 2), (24, 9, 1)), _map((4, 9, 1), (24, 9, 2))),
-        "empty_left_empty": (nothing, nothing),
-        "one_voxel_on_empty": (_map((30, 1, 1)), nothing),
-        "lesion_on_empty": (tiny, nothing),
-        "two_in_a_batch": (torch.cat([nothing, big]), torch.cat([tiny, big])),
-    }
+def _batch(maps: list[list[tuple[int, int, int]]]) -> Tensor:
+    """Label maps (N, 64, 64) with squares of (first row and column, side, label)."""
+    batch = torch.zeros(len(maps), SIDE, SIDE, dtype=torch.long)
+    for label, squares in zip(batch, maps, strict=True):
+        for start, side, value in squares:
+            label[start : start + side, start : start + side] = value
+    return batch
 
 
 def metric_misbehaves(subject: Subject) -> tuple[list[Finding], list[str]]:
@@ -68,11 +44,11 @@ def metric_misbehaves(subject: Subject) -> tuple[list[Finding], list[str]]:
     if subject.metric is None:
         return [], []
     score, failed = {}, {}
-    for key, maps in _probes().items():
+    for key, maps in _tables()["probes"].items():
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
-                score[key] = float(subject.metric(*(one.clone() for one in maps)))
+                score[key] = float(subject.metric(*map(_batch, maps)))
         except Exception as error:
             score[key], failed[key] = nan, f"{type(error).__name__}: {error}"
     if "perfect" in failed:
@@ -83,6 +59,7 @@ def metric_misbehaves(subject: Subject) -> tuple[list[Finding], list[str]]:
     perfect, half, none, missed, misplaced, swapped, empty, voxel, lesion, pooled = (
         score.values()
     )
+    told = _tables()["findings"]
     # What stands later in this list would follow from what stands earlier.
     said: list[str] = []
     if not (abs(perfect - 1) < SLACK and perfect > half > none):
@@ -90,7 +67,7 @@ def metric_misbehaves(subject: Subject) -> tuple[list[Finding], list[str]]:
     else:
         counted = not (missed <= MISSED and misplaced <= MISSED)
         said += ["background"] * counted
-        if failed.keys() & set(_SHOWN["empty"]):
+        if failed.keys() & set(told["empty"]["shown"]):
             said.append("empty")
         elif isnan(lesion) or lesion > 1 - SLACK:
             said.append("alarm")
@@ -99,16 +76,10 @@ def metric_misbehaves(subject: Subject) -> tuple[list[Finding], list[str]]:
         elif empty < 1 - SLACK:
             said.append("right")
     numbers = score | failed
-    found = [
-        Finding(
-            "metric_misbehaves",
-            "warning" if key in ("smooth", "right") else "error",
-            key if key in ("order", "background") else "empty label",
-            _SAID[key],
-            {one: numbers[one] for one in _SHOWN.get(key, _SHOWN["empty"])},
-        )
-        for key in said
-    ]
+    found = []
+    for one in (told[key].copy() for key in said):
+        shown = {key: numbers[key] for key in one.pop("shown")}
+        found.append(Finding("metric_misbehaves", **one, numbers=shown))
     if "order" in said:
         return found, []  # the rest reads scores between 0 and 1
     notes = []

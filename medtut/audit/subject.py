@@ -280,27 +280,23 @@ def load_factory(target: str) -> Subject:
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.parent))  # its own imports, as when run as a script
     sys.modules[module_name] = module  # dataclasses and pickle look their module up
+    what, value = f"Importing {file}", None
     try:
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            raise SubjectError(_raised(f"Importing {file}", error, path)) from error
+        spec.loader.exec_module(module)
         factory = getattr(module, name, None)
-        if not callable(factory):
-            there = [
-                key
-                for key, one in vars(module).items()
-                if inspect.isfunction(one) and one.__module__ == module_name
-            ]
-            listed = ", ".join(there) or "none"
-            raise SubjectError(f"{file} has no function {name!r}. There are: {listed}.")
-        try:
+        if callable(factory):
+            what = f"{name}() in {file}"
             value = factory()
-        except (Exception, SystemExit) as error:
-            raise SubjectError(_raised(f"{name}() in {file}", error, path)) from error
+    except (Exception, SystemExit) as error:
+        raise SubjectError(_raised(what, error, path)) from error
     finally:
         sys.path.remove(str(path.parent))
         sys.modules.pop(module_name, None)
+    if not callable(factory):
+        kinds = vars(module).values()
+        own = [one for one in kinds if getattr(one, "__module__", "") == module_name]
+        listed = ", ".join(o.__name__ for o in own if inspect.isfunction(o)) or "none"
+        raise SubjectError(f"{file} has no function {name!r}. There are: {listed}.")
     return as_subject(value, f"{name}() in {path.name}")
 
 

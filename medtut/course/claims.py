@@ -123,6 +123,9 @@ class Claim(_Strict):
         Profiles whose numbers can decide; in any other, "not at this scale".
     testable : bool
         False when nothing here can decide; then `reason` says why.
+    reason : str, optional
+        Also for a claim that only "full" decides, on something that not every full run
+        has, such as other weights: "not testable here" until the metrics are there.
     """
 
     id: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
@@ -143,8 +146,10 @@ class Claim(_Strict):
     def _whole(self) -> Claim:
         if self.testable and not (self.rules and self.scale_required):
             raise ValueError("a testable claim needs rules and scale_required")
-        if self.testable and self.reason:
-            raise ValueError("reason belongs to a claim with testable: false")
+        if self.testable and self.reason and self.scale_required != ("full",):
+            raise ValueError(
+                "reason belongs to a claim with testable: false, or that needs full"
+            )
         if not self.testable and (self.rules or self.scale_required):
             raise ValueError("testable: false leaves no place for rules or a scale")
         if not self.testable and not self.reason:
@@ -260,7 +265,7 @@ def judge(
     missing = [
         f"  {key} (claim {claim.id})"
         for claim in claims.claims
-        if profile in claim.scale_required and profile != "smoke"
+        if profile in claim.scale_required and profile != "smoke" and not claim.reason
         for key in claim.metrics
         if metrics.get(key) is None
     ]
@@ -275,9 +280,9 @@ def judge(
 
 
 def _judge_one(claim: Claim, metrics: Mapping[str, Any], profile: str) -> Row:
-    if not claim.testable:
-        return Row(claim, "not testable here", (), claim.reason or "")
     rules, there = claim.rules, all(metrics.get(k) is not None for k in claim.metrics)
+    if claim.reason and not (there and profile in claim.scale_required):
+        return Row(claim, "not testable here", (), claim.reason)
     measured = tuple((r.quantity, r.measure(metrics)) for r in rules) if there else ()
     if profile not in claim.scale_required or not there:
         detail = f"decided in {' or '.join(claim.scale_required)}"

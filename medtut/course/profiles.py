@@ -73,6 +73,19 @@ class LessonSettings(BaseModel):
         return {**self.model_dump(mode="json", exclude={"out"}), "data": own}
 
 
+def lesson_tables(module: str) -> tuple[dict[str, dict[str, Any]], list[list[str]]]:
+    """Return presets by profile and key numbers, from the YAML beside a lesson.
+
+    Parameters
+    ----------
+    module : ``__file__`` of the lesson's module: ``l01.py`` has its tables in
+        ``l01.yml``.
+    """
+    text = Path(module).with_suffix(".yml").read_text(encoding="utf-8")
+    tables = yaml.load(text, Loader=_Loader)
+    return tables["presets"], tables["key_numbers"]
+
+
 @cache
 def profile_table() -> dict[str, dict[str, Any]]:
     """Return ``profiles.yml``: meaning, evidence, cell_timeout, defaults."""

@@ -214,7 +214,8 @@ def test_training_mode_leaves_the_statistics_alone(random_encoder):
         # With gradients, as a training step would.
         trained = random_encoder(x)
         trained.square().mean().backward()
-        assert torch.equal(trained.detach(), evaluated)
+        # Not to the last bit: attention takes another way when gradients are wanted.
+        torch.testing.assert_close(trained.detach(), evaluated, rtol=1e-4, atol=1e-4)
         for bn in norms:
             bn(noise(2, bn.num_features, 2, 2))  # even called by itself
     finally:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from medtut.course.profiles import LessonSettings
+from medtut.course.profiles import LessonSettings, lesson_tables
 from medtut.data.brain_slices import SIDE, VERSION, SliceSpec, brain_slices
 from medtut.data.cache import cached_file
 from medtut.errors import MedtutError
@@ -21,13 +21,7 @@ if TYPE_CHECKING:
 
 COHORT_VERSION = VERSION
 
-KEY_NUMBERS = [
-    ("zero_shot_score", "Dice before adapting", "{:.3f}"),
-    ("lora_r8_score", "after LoRA (rank 8, one seed)", "{:.3f}"),
-    ("full_score", "after full fine-tuning (one seed)", "{:.3f}"),
-    ("trainable_fraction", "parameters trained by LoRA", "{:.2%}"),
-    ("norm_slope_unscaled", "exponent of ‖ΔW‖ over rank, unscaled", "{:.2f}"),
-]
+PRESETS, KEY_NUMBERS = lesson_tables(__file__)
 
 
 class Settings(LessonSettings):
@@ -52,34 +46,6 @@ class Settings(LessonSettings):
     norm_ranks: tuple[int, ...]
     toggles: int = Field(ge=1)
 
-
-_COMMON = {"rank": 8, "alpha": 16.0, "batch_size": 8}
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {
-        **_COMMON,
-        "steps": 4,
-        "train_slices": 16,
-        "test_slices": 6,
-        "norm_ranks": (4, 64, 256),
-        "toggles": 50,
-    },
-    "quick": {
-        **_COMMON,
-        "steps": 300,
-        "train_slices": 256,
-        "test_slices": 40,
-        "norm_ranks": (4, 8, 16, 32, 64, 128, 256),
-        "toggles": 1000,
-    },
-    "full": {
-        **_COMMON,
-        "steps": 1000,
-        "train_slices": 512,
-        "test_slices": 200,
-        "norm_ranks": (4, 8, 16, 32, 64, 128, 256),
-        "toggles": 1000,
-    },
-}
 
 # The same grid for every arm; the rate is chosen on the validation subjects.
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)

@@ -16,19 +16,14 @@ from medtut.course.lessons.medclip import (
     predict,
     train_arm,
 )
-from medtut.course.profiles import LessonSettings
+from medtut.course.profiles import LessonSettings, lesson_tables
 from medtut.data import brain_cohort
 from medtut.data.cache import cached_file
 from medtut.errors import MedtutError
 
 COHORT_VERSION = brain_cohort.version()
 
-KEY_NUMBERS = [
-    ("sweep_published", "foreground Dice, published design", "{:.3f}"),
-    ("sweep_lora", "foreground Dice, dense decoder + LoRA", "{:.3f}"),
-    ("lora_minus_published", "difference, five seeds", "{:+.3f}"),
-    ("true_trainable_fraction", "parameters trained, decoder counted", "{:.2%}"),
-]
+PRESETS, KEY_NUMBERS = lesson_tables(__file__)
 
 
 class Settings(LessonSettings):
@@ -56,39 +51,6 @@ class Settings(LessonSettings):
     level_step: int = Field(ge=1)
     oracle_slices: int = Field(ge=2)
 
-
-_COMMON = {"rank": 8, "alpha": 16.0, "dropout": 0.1, "batch_size": 4, "tower": "small"}
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {
-        **_COMMON,
-        "steps": 2,
-        "train_patients": 2,
-        "validation_patients": 1,
-        "test_patients": 3,
-        "level_step": 6,
-        "oracle_slices": 4,
-    },
-    "quick": {
-        **_COMMON,
-        "steps": 200,
-        "train_patients": 24,
-        "validation_patients": 4,
-        "test_patients": 12,
-        "level_step": 2,
-        "oracle_slices": 40,
-    },
-    "full": {
-        **_COMMON,
-        "tower": "tiny",
-        "batch_size": 2,
-        "steps": 20_000,
-        "train_patients": 258,
-        "validation_patients": 37,
-        "test_patients": 73,
-        "level_step": 1,
-        "oracle_slices": 200,
-    },
-}
 
 # The same grid for every arm; the rate is chosen on the validation patients.
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)

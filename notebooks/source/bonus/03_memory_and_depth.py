@@ -54,6 +54,7 @@ from medtut.course import open_lesson
 from medtut.course.lessons import l03, sam, sam_judge
 from medtut.lora import LoRAConfig
 from medtut.models.sam import adapt_sam, build_sam
+from medtut.models.sam_prompts import decode
 from medtut.models.sam_stages import PrefixCache, first_trainable, run
 from medtut.train import TrainConfig, fit
 
@@ -93,9 +94,7 @@ def kept_bytes(step, model):
     return sum(kept.values())
 
 # %% [markdown]
-# Sizes need no numbers. On PyTorch's *meta* device a tensor has a shape and no content, so a whole
-# network runs through in no memory and the hook still adds up exact bytes. We give LiteMedSAM its
-# published input of 256², and train five things in it:
+# We train five things in the lesson's LiteMedSAM, at the size of the lesson's pictures:
 #
 # - the **full** encoder;
 # - **LoRA in layers 1 to 3**, every attention block, as the report places its adapters;
@@ -104,67 +103,45 @@ def kept_bytes(step, model):
 # - the **decoder** alone, on an embedding that was computed before.
 
 # %%
-from medtut.models.litemedsam import LiteMedSAM
+task = sam.load_task(lesson.settings)
+arm = sam.DESIGNS["decoder"]
+train = sam.slices_of(task, "train", arm, lesson.settings, lesson.seed)
+picture = sam_judge.Frames(train[:1], lesson.settings, 0.0)[0]["x"][None]
 
-def lite(encoder="lora", decoder="frozen", first=2):
-    small = LiteMedSAM()
-    pattern = rf"image_encoder\.layers\.[{first}-3]\..*qkv"
-    adapt_sam(small, LoRAConfig(4, 4.0, roles=("query", "value"), pattern=pattern),
+def adapted(encoder="lora", decoder="frozen", first=2):
+    small = sam.build("zero", lesson.settings)
+    blocks = rf"image_encoder\.layers\.[{first}-3]\..*qkv"
+    adapt_sam(small, LoRAConfig(4, 4.0, roles=("query", "value"), pattern=blocks),
               encoder=encoder, decoder=decoder)
     return small
 
-def masks(small, embedding, boxes):  # (N, 256, h, w), (N, M, 4) -> a mask for each box
-    sparse, dense = small.prompt_encoder(None, boxes.flatten(0, 1), None)
-    places = small.prompt_encoder.get_dense_pe()
-    images = embedding.repeat_interleave(boxes.shape[1], 0)
-    return small.mask_decoder(places * 0, places, sparse, images + dense, False)
-
 def one_step(small, pictures, prompts=1, cached=False):
-    encoder, x = small.image_encoder, torch.zeros(pictures, 3, 256, 256)
+    encoder, x = small.image_encoder, picture.expand(pictures, -1, -1, -1)
     start = first_trainable(encoder) if cached else 0
     with torch.no_grad():
         x = run(encoder, x, 0, start)  # nothing unless cached
-    return masks(small, run(encoder, x, start), torch.zeros(pictures, prompts, 4))
+    boxes = torch.tensor([10.0, 10, 40, 40]).expand(pictures, prompts, 4)
+    return decode(small, run(encoder, x, start), boxes)
 
 # %%
 designs = {"full encoder": ({"encoder": "full"}, False), "LoRA, layers 1–3": ({"first": 1}, False),
            "LoRA, layers 2–3": ({}, False), "the same, prefix cached": ({}, True),
            "decoder only": ({"encoder": "frozen", "decoder": "full"}, True)}
-batches, mib = (1, 2, 4), {}
-with torch.device("meta"):
-    for name, (how, cached) in designs.items():
-        small = lite(**how)
-        mib[name] = [kept_bytes(lambda: one_step(small, n, cached=cached), small) / 2**20
-                     for n in batches]
-    small = lite(**designs["decoder only"][0])
-    crowd = (1, 4, 16)
-    by_prompt = [kept_bytes(lambda: one_step(small, 1, m, True), small) / 2**20 for m in crowd]
+batches, crowd, mib = (1, 2, 4), (1, 4, 16), {}
+for name, (how, cached) in designs.items():
+    small = adapted(**how)
+    mib[name] = [kept_bytes(lambda: one_step(small, n, cached=cached), small) / 2**20
+                 for n in batches]
+by_prompt = [kept_bytes(lambda: one_step(small, 1, m, True), small) / 2**20 for m in crowd]
 each = {name: (row[-1] - row[0]) / (batches[-1] - batches[0]) for name, row in mib.items()}
 per_prompt = (by_prompt[-1] - by_prompt[0]) / (crowd[-1] - crowd[0])
 for name, row in mib.items():
-    print(f"{name:24s}" + "".join(f"{value:8.0f}" for value in row)
-          + f" MiB   {each[name]:5.0f} for every further picture")
+    print(f"{name:24s}" + "".join(f"{value:8.1f}" for value in row)
+          + f" MiB   {each[name]:6.1f} for every further picture")
 lesson.record(mib_full=each["full encoder"], mib_lora_all=each["LoRA, layers 1–3"],
               mib_lora=each["LoRA, layers 2–3"], mib_cached=each["the same, prefix cached"],
               mib_decoder=each["decoder only"], mib_prompt=per_prompt)
 print(f"every further prompt on a picture: {per_prompt:.1f} MiB")
-
-# %% [markdown]
-# Before we read it: is a count without contents right? The same function watches a real step of the
-# lesson's model on a real picture's shape.
-
-# %%
-task = sam.load_task(lesson.settings)
-arm = sam.DESIGNS["decoder"]
-train = sam.slices_of(task, "train", arm, lesson.settings, lesson.seed)
-x = sam_judge.Frames(train[:1], lesson.settings, 0.0)[0]["x"][None]
-real = sam.build("lora", lesson.settings)
-counted = {"real": kept_bytes(lambda: real.image_encoder(x), real)}
-with torch.device("meta"):
-    ghost = lite(first=lesson.first_layer)
-    counted["meta"] = kept_bytes(lambda: ghost.image_encoder(torch.zeros(x.shape)), ghost)
-lesson.record(meta_minus_real=counted["meta"] - counted["real"])
-print({name: f"{count:,} bytes" for name, count in counted.items()})
 
 # %%
 fig, (left, right) = viz.figure(1, 2, width=8.5, height=3.2)
@@ -192,32 +169,45 @@ lesson.show(fig, "memory", "Left: memory kept for the backward pass against the 
 # kept anything of a frozen beginning, cached or not. What the cache saves is *time* (and the
 # passing peak of the forward pass). It is easy to credit it with more.
 #
-# **A prompt is far cheaper than a picture.** The encoder runs once per picture, however many boxes are
-# asked about it.
+# **A further box costs the decoder once more, and nothing else.** The encoder runs once per picture,
+# however many boxes are asked about it: compare the last line with the first ones. With the decoder
+# alone, a picture costs no more than a box, since both are one pass through it.
 #
 # ### At full size
 #
-# The report's own model, ViT-B at 1024², counted in the same way: one picture, the encoder only.
+# The report's own model is ViT-B at 1024². Sizes need no numbers: on PyTorch's *meta* device a tensor has
+# a shape and no content, so the whole network runs through in no memory, and the hook still adds up
+# exact bytes. For the adapters we free the weights of query, key and value instead, which keeps the same
+# tensors except for the rank-wide ones inside `B A x` (a MiB or two a block). A count without contents
+# has to be right, so first it is compared with a real one.
 
 # %%
-gib = {}
+from medtut.models.litemedsam import LiteMedSAM
+
+whole, gib = adapted(encoder="full").image_encoder, {}
+counted = {"real": kept_bytes(lambda: whole(picture), whole)}
 with torch.device("meta"):
-    for name, mode in {"full": "full", "LoRA": "lora"}.items():
-        large = build_sam("vit_b")
-        adapt_sam(large, LoRAConfig(64, 64.0, roles=("query", "value")), encoder=mode)
-        picture = torch.zeros(1, 3, 1024, 1024)
-        gib[name] = kept_bytes(lambda: large.image_encoder(picture), large) / 2**30
-        trained = sum(p.numel() for p in large.parameters() if p.requires_grad)
-        print(f"{name:5s}{gib[name]:6.2f} GiB a picture; gradients and Adam for {trained:10,} "
-              f"weights {12 * trained / 2**30:5.2f} GiB")
+    ghost = LiteMedSAM().image_encoder
+    counted["meta"] = kept_bytes(lambda: ghost(torch.zeros(picture.shape)), ghost)
+    large, shape = build_sam("vit_b").image_encoder, torch.zeros(1, 3, 1024, 1024)
+    for name in ("full", "attention"):
+        for key, p in large.named_parameters():
+            p.requires_grad_(name == "full" or "qkv" in key)
+        gib[name] = kept_bytes(lambda: large(shape), large) / 2**30
 tables = 4 * 12 * 4096**2 * 4 / 2**30  # blocks, heads, tokens squared, bytes
-lesson.record(vit_full_gib=gib["full"], vit_lora_gib=gib["LoRA"], vit_tables_gib=tables)
+adam = {"full": 89_670_912, "attention": 36_864 * 64}  # weights trained; LoRA of rank 64
+lesson.record(meta_minus_real=counted["meta"] - counted["real"], vit_full_gib=gib["full"],
+              vit_lora_gib=gib["attention"], vit_tables_gib=tables)
+print({name: f"{count:,} bytes" for name, count in counted.items()})
+for name, amount in gib.items():
+    print(f"{name:10s}{amount:6.2f} GiB a picture; gradients and Adam "
+          f"{12 * adam[name] / 2**30:5.2f} GiB")
 print(f"attention tables of the four global blocks alone: {tables:.2f} GiB")
 
 # %% [markdown]
 # A 1024² picture is 64 × 64 = 4096 tokens. In the four blocks with global attention each of twelve heads
-# keeps a table of 4096², and these tables are most of the cost. LoRA changes the last column
-# and hardly the first. So the report's remark is plausible for any card of its time, *and* it is
+# keeps a table of 4096², and these tables are half of the cost. LoRA takes nearly all off the last column
+# and about a sixth off the first. So the report's remark is plausible for any card of its time, *and* it is
 # about where the gradient flows: a decoder on stored embeddings would have taken batches of dozens.
 # (Which card it was is not recorded, so what fitted on it stays open. Attention that never writes
 # the table down, as `scaled_dot_product_attention` does, is another way out; segment-anything does
@@ -228,6 +218,7 @@ print(f"attention tables of the four global blocks alone: {tables:.2f} GiB")
 # where no layer mixes the pictures of a batch; SAM has no batch norm, and LiteMedSAM's are frozen.
 
 # %%
+real = sam.build("lora", lesson.settings)
 frames = sam_judge.Frames(train[:4:2], lesson.settings, 0.0)
 pair = torch.utils.data.default_collate([frames[0], frames[1]])
 loss = sam.loss_of(arm, real.image_encoder, lesson.settings)
@@ -285,10 +276,11 @@ print(f"the lesion is {pair['mask'].mean():.1%} of the picture")
 
 # %% [markdown]
 # Cross-entropy is a mean over *all* pixels, so a small lesion makes small gradients; Dice divides by the
-# size of the lesion. If the second length is the larger, "0.5 and 0.5" is already a vote for Dice,
-# and 0.2 : 0.8 is a stronger one than it looks. The ratio is one of these pictures at this moment; it
-# moves as the model learns. That is the expectation: between mixtures little difference, since
-# Dice leads in all of them; the ends may differ.
+# size of the lesion. Where the gradient falls differs less than one might think, since the box already
+# settles most of the background. What differs is the length: if Dice's is the larger, "0.5 and 0.5"
+# is already a vote for Dice, and 0.2 : 0.8 is a stronger one than it looks. The ratio is one of these
+# pictures at this moment and moves as the model learns. Hence the expectation: between mixtures little
+# difference, since Dice has a say in all of them; the ends may differ.
 #
 # Now the grid, at its cheapest: the decoder alone on embeddings that are computed once, one run each,
 # all from the same start, with the same order, boxes and rate, the one chosen for 1 : 1.
