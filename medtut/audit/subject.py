@@ -293,9 +293,9 @@ def load_factory(target: str) -> Subject:
         sys.path.remove(str(path.parent))
         sys.modules.pop(module_name, None)
     if not callable(factory):
-        kinds = vars(module).values()
-        own = [one for one in kinds if getattr(one, "__module__", "") == module_name]
-        listed = ", ".join(o.__name__ for o in own if inspect.isfunction(o)) or "none"
+        there = {k: v for k, v in vars(module).items() if inspect.isfunction(v)}
+        own = [key for key, one in there.items() if one.__module__ == module_name]
+        listed = ", ".join(own) or "none"
         raise SubjectError(f"{file} has no function {name!r}. There are: {listed}.")
     return as_subject(value, f"{name}() in {path.name}")
 

@@ -41,23 +41,18 @@ class Check:
     """Result of one check; `cure` is one line and stands wherever status is not ok."""
 
     name: str
+    status: Status
     message: str
     cure: str = ""
-    worst: Status = "failure"
-
-    @property
-    def status(self) -> Status:
-        """`worst` where there is something to cure."""
-        return self.worst if self.cure else "ok"
 
 
 def check_python(facts: Facts) -> Check:
     """Whether Python is new enough."""
     said, need = (".".join(map(str, v)) for v in (facts.python(), PYTHON))
     if facts.python()[:2] >= PYTHON:
-        return Check("python", said)
+        return Check("python", "ok", said)
     cure = f"install Python {need} or newer and make the environment again: make env"
-    return Check("python", f"{said}, needs {need} or newer", cure)
+    return Check("python", "failure", f"{said}, needs {need} or newer", cure)
 
 
 def check_packages(facts: Facts) -> Check:
@@ -74,9 +69,9 @@ def check_packages(facts: Facts) -> Check:
         elif not one.specifier.contains(version, prereleases=True):
             faults[wanted] = f"{one.name} is {version}, needs {one.specifier}"
     if not faults:
-        return Check("packages", f"all {len(needed)} within their ranges")
+        return Check("packages", "ok", f"all {len(needed)} within their ranges")
     cure = f"python -m pip install {' '.join(faults)}"
-    return Check("packages", "; ".join(faults.values()), cure)
+    return Check("packages", "failure", "; ".join(faults.values()), cure)
 
 
 def check_torch_pair(facts: Facts) -> Check:
@@ -91,7 +86,7 @@ def check_torch_pair(facts: Facts) -> Check:
         asked = map(Requirement, facts.requires("torchvision"))
         asked = [r.specifier for r in asked if r.name == "torch" and not r.marker]
         if all(one.contains(here, prereleases=True) for one in asked):
-            return Check("torch_pair", f"torch {pair[0]}, torchvision {pair[1]}")
+            return Check("torch_pair", "ok", f"torch {pair[0]}, torchvision {pair[1]}")
         said = f"torchvision asks for torch {asked[0]}, not {here}"
     elif "torchvision::nms does not exist" in err:
         said = "torch and torchvision do not match (torchvision::nms does not exist)"
@@ -101,7 +96,7 @@ def check_torch_pair(facts: Facts) -> Check:
     elif status == 124:
         cure = "run `medtut doctor` once more: a first import reads many files"
         said = last
-    return Check("torch_pair", said, cure)
+    return Check("torch_pair", "failure", said, cure)
 
 
 def device_kind(facts: Facts) -> str:
@@ -118,21 +113,21 @@ def _told(facts: Facts, mark: str) -> list[str]:
 def check_device(facts: Facts) -> Check:
     """Which device torch would use; a CPU is enough for the quick profile."""
     kind, *name = _told(facts, "medtut-device") or ["none"]
+    cure = "first mend torch, named above; then run `medtut doctor` again"
     if kind == "none":
-        cure = "first mend torch, named above; then run `medtut doctor` again"
-        return Check("device", "torch does not say", cure)
+        return Check("device", "failure", "torch does not say", cure)
     more = " (enough for the quick profile)" if kind == "cpu" else ""
-    return Check("device", f"{kind}: {' '.join(name)}{more}")
+    return Check("device", "ok", f"{kind}: {' '.join(name)}{more}")
 
 
 def check_memory(facts: Facts) -> Check:
     """Whether enough memory is free for the quick profile."""
     free = facts.memory_gb()
     if free >= MEMORY_GB:
-        return Check("memory", f"{free:.1f} GB free")
+        return Check("memory", "ok", f"{free:.1f} GB free")
     said = f"{free:.1f} GB free, the quick profile needs up to {MEMORY_GB:g} GB"
     cure = "close other programs and kernels, or run with --profile smoke"
-    return Check("memory", said, cure)
+    return Check("memory", "failure", said, cure)
 
 
 def check_disk(facts: Facts) -> Check:
@@ -141,10 +136,12 @@ def check_disk(facts: Facts) -> Check:
     free = {name: facts.free_gb(folder) for name, folder in places.items()}
     said = ", ".join(f"{gb:.1f} GB free at the {name}" for name, gb in free.items())
     short = [name for name, gb in free.items() if gb < DISK_GB]
-    cure = f"free {DISK_GB:g} GB there" if short else ""
+    if not short:
+        return Check("disk", "ok", said)
+    cure = f"free {DISK_GB:g} GB there"
     if "cache" in short:
         cure += ", or set MEDTUT_CACHE to a folder on a larger disk"
-    return Check("disk", said, cure)
+    return Check("disk", "failure", said, cure)
 
 
 def check_network(facts: Facts) -> Check:
@@ -157,8 +154,8 @@ def check_network(facts: Facts) -> Check:
             "the lessons run without it; for real images and weights connect once "
             "and run `medtut assets fetch all`"
         )
-        return Check("network", f"{ADDRESS} not reached: {reason}", cure, "warning")
-    return Check("network", f"{ADDRESS} answers")
+        return Check("network", "warning", f"{ADDRESS} not reached: {reason}", cure)
+    return Check("network", "ok", f"{ADDRESS} answers")
 
 
 def check_cache(facts: Facts) -> Check:
@@ -169,8 +166,8 @@ def check_cache(facts: Facts) -> Check:
         facts.prove_cache()
     except (MedtutError, OSError) as error:
         cure = "set MEDTUT_CACHE to a folder that you can write to"
-        return Check("cache", str(error).splitlines()[0], cure)
-    return Check("cache", "writable")
+        return Check("cache", "failure", str(error).splitlines()[0], cure)
+    return Check("cache", "ok", "writable")
 
 
 CHECKS: dict[str, Callable[[Facts], Check]] = {
@@ -244,4 +241,4 @@ def _safely(name: str, check: Callable[[Facts], Check], facts: Facts) -> Check:
         return check(facts)
     except Exception as error:
         said = f"the check itself failed: {type(error).__name__}: {error}"
-        return Check(name, said.splitlines()[0], _CONTINUE)
+        return Check(name, "failure", said.splitlines()[0], _CONTINUE)

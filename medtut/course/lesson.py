@@ -153,13 +153,8 @@ class Lesson:
         width, height = (round(80 * inches) for inches in fig.get_size_inches())
         file = f"figures/{name}.png"
         path = write_bytes(self.out / file, image)
-        entry = {
-            "name": name,
-            "file": file,
-            "alt": alt,
-            "width": width,
-            "height": height,
-        }
+        entry = {"name": name, "file": file, "alt": alt}
+        entry |= {"width": width, "height": height}
         self.figures = [old for old in self.figures if old["name"] != name] + [entry]
         write_json(self.out / "figures.json", self.figures)
         data = base64.b64encode(image).decode("ascii")

@@ -94,15 +94,11 @@ def brain_slices(spec: SliceSpec) -> dict[str, np.ndarray]:
     MedtutError
         Unknown contrast or split, or a count below one.
     """
-    if spec.contrast not in ("t1", *CONTRASTS):
-        raise MedtutError(
-            f"brain_slices: unknown contrast {spec.contrast!r}; "
-            f"there are t1, {', '.join(CONTRASTS)}."
-        )
-    if spec.split not in SLABS:
-        raise MedtutError(
-            f"brain_slices: unknown split {spec.split!r}; there are {', '.join(SLABS)}."
-        )
+    known = {"contrast": ("t1", *CONTRASTS), "split": SLABS}
+    for field, names in known.items():
+        if (given := getattr(spec, field)) not in names:
+            there = f"there are {', '.join(names)}"
+            raise MedtutError(f"brain_slices: unknown {field} {given!r}; {there}.")
     if spec.count < 1:
         raise MedtutError(f"brain_slices: count must be at least 1, not {spec.count}.")
     key = {"version": VERSION, **asdict(spec)}
@@ -136,19 +132,12 @@ def _draw(spec: SliceSpec) -> dict[str, np.ndarray]:
         prob=1.0, mean=0.0, std=spec.noise, sample_std=False, relative=False
     )
     pad = mt.ResizeWithPadOrCrop((SIDE, SIDE))
+    place = ("t1", *CONTRASTS).index(spec.contrast), list(SLABS).index(spec.split)
     images, labels, zs = [], [], []
     for subject in range(spec.count):
         # Deterministic by (seed, contrast, split, subject): a longer list begins
         # with the shorter one, and no subject stands in two splits.
-        seed = np.random.SeedSequence(
-            [
-                spec.seed,
-                ("t1", *CONTRASTS).index(spec.contrast),
-                list(SLABS).index(spec.split),
-                subject,
-            ]
-        )
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng([spec.seed, *place, subject])
         level = int(rng.choice(levels))
         stack = np.stack([maps[name][:, :, level] for name in ("t1", "gm", "wm")])
         state = int(rng.integers(2**31))
@@ -168,11 +157,8 @@ def _draw(spec: SliceSpec) -> dict[str, np.ndarray]:
         images.append((image - inside.mean()) / inside.std())
         labels.append(np.where(brain, 1 + np.stack([csf, gm, wm]).argmax(0), 0))
         zs.append(maps["z"][level])
-    return {
-        # Anterior up, the patient's left on the left.
-        "image": np.rot90(np.stack(images)[:, None], axes=(2, 3))
-        .astype(np.float32)
-        .copy(),
-        "label": np.rot90(np.stack(labels), axes=(1, 2)).astype(np.int64).copy(),
-        "z": np.array(zs, dtype=np.float32),
-    }
+    # Anterior up, the patient's left on the left.
+    image = np.rot90(np.stack(images)[:, None], axes=(2, 3)).astype(np.float32)
+    label = np.rot90(np.stack(labels), axes=(1, 2)).astype(np.int64)
+    z = np.array(zs, dtype=np.float32)
+    return {"image": image.copy(), "label": label.copy(), "z": z}

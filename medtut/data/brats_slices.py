@@ -8,7 +8,6 @@ prepared is never prepared again, also after an interruption.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from medtut.data.brats import BratsError, Case, load_case, read_mask
-from medtut.data.cache import cached_file
+from medtut.data.cache import cached_file, cached_json
 
 VERSION = 1  # part of every cache key: raise it when what is stored changes
 NEAREST = "nearest-exact"  # torch's plain "nearest" is half a pixel off the image
@@ -103,12 +102,11 @@ def tumour_slices(case: Case) -> tuple[int, ...]:
             "slices='all', or find the cases with masks=True."
         )
 
-    def make(path: Path) -> None:
-        z = np.flatnonzero(read_mask(case.mask, case.layout)[0].any((0, 1)))
-        path.write_text(json.dumps(z.tolist()), encoding="ascii")
+    def make() -> list[int]:
+        tumour = read_mask(case.mask, case.layout)[0].any((0, 1))
+        return np.flatnonzero(tumour).tolist()
 
-    stored = cached_file("brats/z", [VERSION, file_facts(case.mask)], make, ".json")
-    return tuple(json.loads(stored.read_text(encoding="ascii")))
+    return tuple(cached_json("brats/z", [VERSION, file_facts(case.mask)], make))
 
 
 def _prepared(

@@ -175,6 +175,23 @@ def cached_file(
     return path if path.is_file() else write_by_rename(path, make)
 
 
+def cached_json(name: str, key: Any, make: Callable[[], Any]) -> Any:
+    """Return what ``make()`` gave for ``key``, as read back from its JSON file.
+
+    Parameters
+    ----------
+    name, key
+        As in `cached_file`.
+    make : callable
+        ``make()`` returns something JSON has words for.
+    """
+
+    def write(path: Path) -> None:
+        path.write_text(json.dumps(make()), encoding="utf-8")
+
+    return json.loads(cached_file(name, key, write, ".json").read_text("utf-8"))
+
+
 def cached_arrays(
     name: str, key: Any, make: Callable[[], Mapping[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:

@@ -31,18 +31,14 @@ if TYPE_CHECKING:
 
 # pip asks every sdist for its metadata, which means running its setup.py. With this
 # stand-in for setuptools, found first on the path and without build isolation, pip is
-# answered by us and the archive's own code stays unread. It covers sdists that name
-# setuptools or no build backend; those in assets.yml are of that kind.
+# answered by us and the archive's own code stays unread; building is not among the
+# answers. It covers sdists that name setuptools or no build backend; those in
+# assets.yml are of that kind.
 _INERT_BACKEND = '''\
 """Answers pip's question about an sdist without running anything of it."""
 import os
 import pathlib
 import sys
-
-
-def get_requires_for_build_wheel(config_settings=None):
-    return []
-
 
 def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
     name, version = os.environ["MEDTUT_SDIST"].split("==")
@@ -54,11 +50,6 @@ def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
         encoding="utf-8",
     )
     return folder.name
-
-
-def build_wheel(*args, **kwargs):
-    raise RuntimeError("this archive is read, not built")
-
 
 __legacy__ = sys.modules[__name__]
 '''

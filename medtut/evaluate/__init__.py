@@ -15,11 +15,11 @@ from medtut.evaluate.published import (
     published_dice,
     threshold_baseline,
 )
-from medtut.evaluate.segmentation import tissue_dice
+from medtut.evaluate.segmentation import outputs, tissue_dice
 from medtut.evaluate.statistics import Comparison, interval, paired_comparison
 
 __all__ = [
     "Comparison", "brightest_blob", "case_table", "hd95", "inflation", "interval",
-    "oracle_grid", "paired_comparison", "published_dice", "region_dice", "score_case",
-    "score_cases", "summary", "threshold_baseline", "tissue_dice",
+    "oracle_grid", "outputs", "paired_comparison", "published_dice", "region_dice",
+    "score_case", "score_cases", "summary", "threshold_baseline", "tissue_dice",
 ]  # fmt: skip

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from medtut.errors import MedtutError
+
+
+def outputs(model: nn.Module, images: Tensor, batch: int = 8) -> Tensor:
+    """What a model gives for images (N, ...) in eval mode, on the CPU.
+
+    Its mode is the one it was in afterwards; `batch` images are run at a time.
+    """
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    with torch.no_grad():
+        found = [model(part.to(device)).cpu() for part in images.split(batch)]
+    model.train(training)
+    return torch.cat(found)
 
 
 def tissue_dice(prediction: Tensor, label: Tensor, classes: int) -> np.ndarray:

@@ -49,7 +49,12 @@ def interval(
     that luck away and give too narrow an interval.
     """
     table = _table(scores, "interval")
-    means = _resampled_means(table, resamples, seed)
+    rng, (seeds, cases) = np.random.default_rng(seed), table.shape
+    means = np.empty(resamples)
+    for k in range(resamples):
+        chosen = rng.integers(cases, size=cases)
+        which = rng.integers(seeds, size=seeds)
+        means[k] = table[np.ix_(which, chosen)].mean()
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
@@ -108,14 +113,3 @@ def _table(scores: ArrayLike, caller: str) -> np.ndarray:
             f"shape {table.shape} with {int((~np.isfinite(table)).sum())} not finite."
         )
     return table
-
-
-def _resampled_means(table: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    seeds, cases = table.shape
-    means = np.empty(resamples)
-    for k in range(resamples):
-        chosen = rng.integers(cases, size=cases)
-        which = rng.integers(seeds, size=seeds)
-        means[k] = table[np.ix_(which, chosen)].mean()
-    return means

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +10,7 @@ from pydantic import Field
 
 from medtut.course.profiles import LessonSettings, lesson_tables
 from medtut.data.brain_slices import SIDE, VERSION, SliceSpec, brain_slices
-from medtut.data.cache import cached_file
+from medtut.data.cache import cached_json
 from medtut.errors import MedtutError
 
 if TYPE_CHECKING:
@@ -109,18 +107,11 @@ def slice_scores(
     model: nn.Module, dataset: torch.utils.data.TensorDataset
 ) -> np.ndarray:
     """Mean foreground Dice of every slice, ``(cases,)``; absent tissues left out."""
-    import torch
-
-    from medtut.evaluate import tissue_dice
+    from medtut.evaluate import outputs, tissue_dice
 
     image, label = dataset.tensors
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        device = next(model.parameters()).device
-        logits = [model(part.to(device)).cpu() for part in image.split(32)]
-    model.train(training)
-    return np.nanmean(tissue_dice(torch.cat(logits).argmax(1), label, 4), axis=1)
+    found = outputs(model, image, batch=32).argmax(1)
+    return np.nanmean(tissue_dice(found, label, 4), axis=1)
 
 
 def prepare(model: nn.Module, method: str, rank: int = 8, alpha: float = 16.0) -> None:
@@ -173,16 +164,15 @@ def tuned(arm: str, settings: Settings) -> dict[str, float]:
     )
     key = {"arm": arm, "cohort": VERSION, "rates": LEARNING_RATES, **size}
 
-    def make(path: Path) -> None:
+    def make() -> dict[str, float]:
         task = load_task(settings, TUNING_SEED)
         scores = {}
         for rate in LEARNING_RATES:
             model = train_arm(arm, TUNING_SEED, rate, settings, task)
             scores[str(rate)] = float(slice_scores(model, task.validation).mean())
-        path.write_text(json.dumps(scores), encoding="utf-8")
+        return scores
 
-    path = cached_file("l01_tuning", key, make, ".json")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return cached_json("l01_tuning", key, make)
 
 
 def run_arm(arm: str, seed: int, settings: Settings) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +16,7 @@ from medtut.course.lessons.medclip import (
 )
 from medtut.course.profiles import LessonSettings, lesson_tables
 from medtut.data import brain_cohort
-from medtut.data.cache import cached_file
+from medtut.data.cache import cached_json
 from medtut.errors import MedtutError
 
 COHORT_VERSION = brain_cohort.version()
@@ -73,17 +71,16 @@ def tuned(name: str, settings: Settings) -> dict[str, float]:
     key = {"arm": repr(DESIGNS[name]), "cohort": COHORT_VERSION, **size}
     key |= {"rates": LEARNING_RATES}
 
-    def make(path: Path) -> None:
+    def make() -> dict[str, float]:
         task = load_task(settings)
         half = max(1, settings.steps // 2)
         scores = {}
         for rate in LEARNING_RATES:
             args = (name, TUNING_SEED, rate, settings, task)
             scores[str(rate)] = train_arm(*args, steps=half)[1].best["score"]
-        path.write_text(json.dumps(scores), encoding="utf-8")
+        return scores
 
-    path = cached_file("l02_tuning", key, make, ".json")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return cached_json("l02_tuning", key, make)
 
 
 def run_arm(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
@@ -97,6 +94,7 @@ def run_arm(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
     cases = task.part("test")
     found = [predict(model, c, DESIGNS[arm], settings.level_step) for c in cases]
     scores = case_table(score_cases((p.label, p.truth, p.spacing) for p in found))
+    evals = [row for row in result.history if "score" in row]
     own = held_out(model, arm, seed, task, settings) if arm in LEAK else None
     return {
         "score": float(scores["foreground"].mean()),
@@ -111,14 +109,8 @@ def run_arm(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
         "own_split_foreground": own and own["without_background"],
         "lr": rate,
         "validation_by_lr": grid,
-        "validation": [
-            [row["step"], row["score"]] for row in result.history if "score" in row
-        ],
-        "validation_loss": [
-            [row["step"], row["loss"]]
-            for row in result.history
-            if "score" in row and "loss" in row
-        ],
+        "validation": [[row["step"], row["score"]] for row in evals],
+        "validation_loss": [[r["step"], r["loss"]] for r in evals if "loss" in r],
         "best_step": result.best["step"],
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }

@@ -18,7 +18,7 @@ from medtut.course.lessons.sam import (
     train_arm,
 )
 from medtut.course.lessons.sam_judge import PROMPTS, judge
-from medtut.course.profiles import LessonSettings
+from medtut.course.profiles import LessonSettings, lesson_tables
 from medtut.data import brain_cohort
 from medtut.data.brats import Case, load_case, save_prediction
 from medtut.data.brats_men import Region, to_volume
@@ -27,12 +27,7 @@ from medtut.errors import MedtutError
 
 COHORT_VERSION = brain_cohort.version()
 
-KEY_NUMBERS = [
-    ("zero_shot", "Dice per patient without training, jitter 5 %", "{:.3f}"),
-    ("lora", "Dice, LoRA on query and value", "{:.3f}"),
-    ("lora_minus_zero", "difference, five seeds", "{:+.3f}"),
-    ("self_target_last", "published loss at its end, Dice unmoved", "{:.4f}"),
-]
+PRESETS, KEY_NUMBERS = lesson_tables(__file__)
 
 
 class Settings(LessonSettings):
@@ -63,39 +58,6 @@ class Settings(LessonSettings):
     validation_patients: int = Field(ge=1)
     test_patients: int = Field(ge=3)
 
-
-_COMMON = {"model": "litemedsam", "first_layer": 2, "batch_size": 4, "jitter": 0.05}
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {
-        **_COMMON,
-        "side": 64,
-        "steps": 2,
-        "batch_size": 2,
-        "slices": 1,
-        "train_patients": 2,
-        "validation_patients": 1,
-        "test_patients": 3,
-    },
-    "quick": {
-        **_COMMON,
-        "side": 128,
-        "steps": 20,
-        "slices": 2,
-        "train_patients": 16,
-        "validation_patients": 4,
-        "test_patients": 12,
-    },
-    "full": {
-        **_COMMON,
-        "model": "vit_b",
-        "side": 1024,
-        "steps": 34_000,
-        "slices": 200,
-        "train_patients": 680,
-        "validation_patients": 50,
-        "test_patients": 150,
-    },
-}
 
 # One grid for the arms that are compared; the rate is chosen on validation.
 LEARNING_RATES = (1e-4, 1e-3, 3e-3, 1e-2)

@@ -20,7 +20,7 @@ from medtut.data.splits import Split, split_slices
 from medtut.errors import MedtutError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from medtut.course.lessons.l02 import Settings
     from medtut.train import FitResult
@@ -184,23 +184,17 @@ def slices_of(
 
 def predict(model: nn.Module, case: Case, arm: Arm, step: int = 1) -> Prediction:
     """Label every `step`-th level of a patient, on the patient's own grid."""
-    import torch
+    from medtut.evaluate import outputs
 
     volume = load_case(case)
     stack = volume_slices(case, arm.modalities, arm.normalise)[::step]
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        found = [model(x.to(device)).argmax(1).byte().cpu() for x in stack.split(8)]
-    model.train(training)
     truth = volume.label[:, :, ::step]
     x, y, z = volume.spacing
     return Prediction(
         case.id,
         volume.image[0, :, :, ::step],
         truth,
-        to_volume(torch.cat(found), truth.shape),
+        to_volume(outputs(model, stack).argmax(1), truth.shape),
         (x, y, z * step),
     )
 
@@ -274,23 +268,24 @@ def train_arm(
     return model, result
 
 
+def _stacked(items: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Images (N, C, H, W) and labels (N, H, W) of slices."""
+    import torch
+
+    return tuple(torch.stack([one[key] for one in items]) for key in ("image", "label"))
+
+
 def judged_as_published(
     model: nn.Module, task: Task, arm: Arm, step: int
 ) -> tuple[float, float]:
     """The source's Dice and cross-entropy on the validation patients' slices."""
-    import torch
     from torch.nn import functional as F
 
-    from medtut.evaluate import inflation
+    from medtut.evaluate import inflation, outputs
 
     data, used = slices_of(task, ("validation",), arm, step)
-    items = [data[i] for i in used]
-    truth = torch.stack([item["label"] for item in items])
-    device = next(model.parameters()).device
-    model.eval()  # the training loop sets it back
-    with torch.no_grad():
-        stack = torch.stack([item["image"] for item in items]).split(8)
-        logits = torch.cat([model(part.to(device)).cpu() for part in stack])
+    images, truth = _stacked([data[i] for i in used])
+    logits = outputs(model, images)
     dice = inflation(logits.argmax(1), truth)["published"]
     return dice, float(F.cross_entropy(logits, truth))
 
@@ -321,19 +316,13 @@ def held_out(
 
     Slices without tumour are left out, as the source leaves them out.
     """
-    import torch
-
-    from medtut.evaluate import inflation
+    from medtut.evaluate import inflation, outputs
 
     data, _, chosen = dealt(task, DESIGNS[name], settings, seed)
     items = [item for i in chosen if (item := data[i])["label"].any()]
-    device = next(model.parameters()).device
-    model.eval()
-    with torch.no_grad():
-        stack = torch.stack([item["image"] for item in items]).split(8)
-        found = [model(part.to(device)).argmax(1).cpu() for part in stack]
-    truth = torch.stack([item["label"] for item in items])
-    return inflation(torch.cat(found), truth, [item["case"] for item in items])
+    images, truth = _stacked(items)
+    found = outputs(model, images).argmax(1)
+    return inflation(found, truth, [item["case"] for item in items])
 
 
 def decoder_alone(
@@ -352,18 +341,17 @@ def decoder_alone(
     import torch
     from torch.nn import functional as F
 
+    from medtut.evaluate import outputs
     from medtut.models.medclip import VectorDecoder
 
     def vectors(part: str) -> tuple[Any, Any]:
         arm = DESIGNS["published"]
         data, used = slices_of(task, (part,), arm, settings.level_step)
-        items = [data[i] for i in used]
-        images = torch.stack([item["image"] for item in items]).split(8)
-        with torch.no_grad():
-            x = torch.cat([model.encoder.eval()(one.to(device)) for one in images])
-        labels = [F.one_hot(item["label"], 4).permute(2, 0, 1) for item in items]
-        share = torch.stack([F.avg_pool2d(one.float(), 14) for one in labels])
-        return x, share.to(device)
+        images, labels = _stacked([data[i] for i in used])
+        x = outputs(model.encoder.eval(), images)
+        each = (F.one_hot(one, 4).permute(2, 0, 1).float() for one in labels)
+        share = torch.stack([F.avg_pool2d(one, 14) for one in each])
+        return x.to(device), share.to(device)
 
     def entropy(x: Any, share: Any) -> Any:
         return -(head(x).log_softmax(1) * share).sum(1).mean()

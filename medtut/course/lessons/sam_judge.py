@@ -196,7 +196,9 @@ def through_volume(
         for z in way:
             mask = mask if handed_on else truth[z]
             if not mask.any():
-                break
+                if handed_on:
+                    break
+                continue  # a lesion of several parts has empty slices in between
             box = box_of(mask)
             grown = 0.05 * (box[2:] - box[:2]) * (handed_on and z != top)
             box = box + np.concatenate([-grown, grown])

@@ -89,8 +89,7 @@ def kept_bytes(step, model):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = step()
-    del result  # held until here: what is freed too early would not count
+        step()
     return sum(kept.values())
 
 # %% [markdown]
@@ -160,7 +159,7 @@ lesson.show(fig, "memory", "Left: memory kept for the backward pass against the 
 # Three things stand in it.
 #
 # **A parameter-efficient method need not be memory-efficient.** LoRA in every attention block trains
-# one per cent of the weights, and still has to carry the gradient through everything above the
+# half a per cent of the weights, and still has to carry the gradient through everything above the
 # first adapter. What it saves of the full encoder's share is what lies *below* that adapter, and
 # the inputs of frozen layers, which are needed only where a weight is trained. Where the adapters
 # begin matters more than how large they are.
@@ -519,7 +518,7 @@ lesson.finish()
 # matter most. And the drawn scans are clean, while real ones have slices that only their neighbours
 # explain.
 #
-# What the report called too complex is eighteen lines, because the module stands in *one* place. A
+# What the report called too complex is some twenty lines, because the module stands in *one* place. A
 # transpose in every block, as Wu et al. have it, needs all slices of a stack in memory through the whole
 # encoder: by section 1, that is a batch, at full price per slice. That is a good reason to drop it,
 # and a better one than complexity.
