@@ -24,29 +24,26 @@ app.add_typer(assets_app, name="assets")
 
 
 Profile = StrEnum("Profile", ["smoke", "quick", "full"])
-ProfileOption = Annotated[
-    Profile, Option(envvar="MEDTUT_PROFILE", help="How much to compute.")
-]
-Sets = Annotated[
-    list[str] | None, Option("--set", metavar="NAME=VALUE", help="Change a setting.")
-]
+Level = Annotated[Profile, Option(envvar="MEDTUT_PROFILE", help="How much to compute.")]
+Names, Folder = list[str] | None, Path | None
+NOTEBOOKS = Option(envvar="MEDTUT_NOTEBOOKS", help="Their folder, if another.")
+FORCE = Option("--force", help="Overwrite runs made with other settings.")
+DECODE = Option("--decode", help="Read a collected result code.")
+Which = Annotated[Names, Argument(help="Numbers or names, as 01 or bonus/01_name.")]
+Sets = Annotated[Names, Option("--set", metavar="NAME=VALUE", help="Change a setting.")]
 
 
 @app.command()
 def run(
-    lessons: Annotated[
-        list[str] | None, Argument(help="Numbers or names, as 01 or bonus/01_name.")
-    ] = None,
+    lessons: Which = None,
     every: Annotated[bool, Option("--all", help="Run every lesson.")] = False,
-    profile: ProfileOption = Profile.quick,
+    profile: Level = Profile.quick,
     sets: Sets = None,
-    data: Annotated[Path | None, Option(help="Folder with your own data set.")] = None,
+    data: Annotated[Folder, Option(help="Folder with your own data set.")] = None,
     solve: Annotated[bool, Option("--solve", help="Solve the exercises.")] = False,
-    out: Annotated[Path | None, Option(help="Write here, not in build/.")] = None,
+    out: Annotated[Folder, Option(help="Write here, not in build/.")] = None,
     timeout: Annotated[float | None, Option(min=1, help="Seconds per cell.")] = None,
-    notebooks: Annotated[
-        Path | None, Option(envvar="MEDTUT_NOTEBOOKS", help="Their folder, if another.")
-    ] = None,
+    notebooks: Annotated[Folder, NOTEBOOKS] = None,
 ) -> None:
     """Run lessons headlessly; pages, figures and numbers go to build/<profile>/."""
     from medtut.course.profiles import SettingsError, parse_sets
@@ -56,10 +53,8 @@ def run(
         raise SettingsError("give lessons or --all, not both")
     if not every and not lessons:
         raise SettingsError("which lesson? Give its number (medtut run 01), or --all")
-    chosen, given = None if every else lessons, parse_sets(sets)
-    runs = run_lessons(
-        chosen, profile.value, given, data, out, solve, timeout, notebooks=notebooks
-    )
+    rest = (profile.value, parse_sets(sets), data, out, solve, timeout)
+    runs = run_lessons(None if every else lessons, *rest, notebooks=notebooks)
     if not all(one.ok for one in runs):
         raise Exit(1)
 
@@ -69,14 +64,10 @@ def sweep(
     lesson: Annotated[str, Argument(help="Number or name of the lesson.")],
     arms: Annotated[str | None, Option(help="Comma-separated; default all.")] = None,
     seeds: Annotated[str, Option(help="As 0-4 or 0,2,5.")] = "0-4",
-    profile: ProfileOption = Profile.quick,
+    profile: Level = Profile.quick,
     sets: Sets = None,
-    out: Annotated[
-        Path | None, Option(help="Default: benchmarks/sweeps/<lesson>.")
-    ] = None,
-    force: Annotated[
-        bool, Option("--force", help="Overwrite runs made with other settings.")
-    ] = False,
+    out: Annotated[Folder, Option(help="Default: benchmarks/sweeps/<lesson>.")] = None,
+    force: Annotated[bool, FORCE] = False,
 ) -> None:
     """Train arms times seeds and keep one JSON per run; restartable run by run."""
     from medtut.course.profiles import parse_sets
@@ -91,20 +82,16 @@ def sweep(
 
 @app.command()
 def doctor(
-    code: Annotated[
-        str | None, Option("--decode", help="Read a collected result code.")
-    ] = None,
+    code: Annotated[str | None, DECODE] = None,
 ) -> None:
     """Check Python, packages, device, memory, disk, network and cache."""
-    from rich.console import Console
-
     from medtut.course.doctor import decode, run_doctor
 
     if code is not None:
         echo(decode(code).to_text())
         return
     report = run_doctor()
-    report.render(Console())
+    report.render()
     raise Exit(report.exit_code)
 
 
@@ -130,10 +117,8 @@ def bench(
 
     script = repository_root() / "benchmarks" / f"{name}.py"
     if not script.is_file():
-        raise MedtutError(
-            "benchmarks come with the repository, not with the package: clone it and "
-            f"call medtut bench {name} there"
-        )
+        cure = f"clone it and call medtut bench {name} there"
+        raise MedtutError(f"benchmarks come with the repository alone: {cure}")
     sys.argv[1:] = ["--out", out]
     runpy.run_path(str(script), run_name="__main__")
 
@@ -142,13 +127,12 @@ def bench(
 def assets_list() -> None:
     """Show what there is and what is in the cache."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from medtut.data.assets import list_assets
 
-    table = Table(box=None)
-    for title in ("name", "here", "MB", "what it is", "licence"):
-        table.add_column(title, overflow="fold")
+    titles = ("name", "here", "MB", "what it is", "licence")
+    table = Table(*(Column(title, overflow="fold") for title in titles), box=None)
     for one in list_assets():
         here = "embedded" if one["embedded"] else "yes" if one["cached"] else "no"
         size = f"{one['bytes'] / 1e6:.1f}"
@@ -174,9 +158,7 @@ def assets_fetch(names: Annotated[list[str], Argument(help="Names, or all.")]) -
 
 @assets_app.command("verify")
 def assets_verify(
-    names: Annotated[
-        list[str] | None, Argument(help="Names; by default what is here.")
-    ] = None,
+    names: Annotated[Names, Argument(help="Names; by default what is here.")] = None,
 ) -> None:
     """Compute the hashes again; exit code 1 when a file is missing or wrong."""
     from medtut.data.assets import list_assets, verify

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike as Array
 
 from medtut.errors import MedtutError
+from medtut.files import write_bytes
 from medtut.viz import BLUE, GREY, ORANGE, VERMILION, figure, picture_html
 
 # Of the Okabe-Ito colours these three stay furthest apart, and from grey, when a
@@ -156,9 +156,8 @@ def _panels(rows: Mapping[str, Mapping[str, np.ndarray]], title: str = "") -> An
         ax.set_title(said, fontsize=9)
         ax.spines[:].set_visible(False)
     fig.suptitle(title, fontsize=10)
-    fig.legend(
-        handles=legend_patches(), loc="outside lower center", ncols=3, fontsize=9
-    )
+    below = {"loc": "outside lower center", "ncols": 3, "fontsize": 9}
+    fig.legend(handles=legend_patches(), **below)
     return fig
 
 
@@ -270,8 +269,7 @@ def _write_gif(path: Path | str, samples: Sequence[Sample], whose: str) -> str:
         first.save(made, "GIF", save_all=True, append_images=rest, duration=400, loop=0)
         if made.tell() < GIF_BYTES:
             break
-    Path(f"{path}.partial").write_bytes(made.getvalue())
-    os.replace(f"{path}.partial", path)
+    write_bytes(Path(path), made.getvalue())
     shown = f"Animation of {len(kept)} axial slices of {whose}"
     return f"{shown}: true tumour on the left, predicted tumour on the right."
 

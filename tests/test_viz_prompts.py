@@ -86,6 +86,12 @@ def test_margin_ends_at_the_picture(ax):
     assert ax.get_ylim() == (39.5, -0.5)
 
 
+def test_margin_ends_at_the_pictures_first_row_and_column(ax):
+    vp.show_prompt(ax, GREY, found=rectangle((2, 9), (1, 6)), margin=4)
+    assert ax.get_xlim() == (-0.5, 5 + 4)
+    assert ax.get_ylim() == (8 + 4, -0.5)
+
+
 def test_margin_around_nothing_shows_all(ax):
     vp.show_prompt(ax, GREY, np.zeros_like(TRUE), margin=3)
     assert ax.get_xlim() == (-0.5, 59.5)

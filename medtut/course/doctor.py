@@ -8,6 +8,7 @@ where.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -15,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from packaging.requirements import Requirement
+
 from medtut.course.doctor_code import CHECK_NAMES, CodeError, Decoded, decode, encode
 from medtut.course.doctor_facts import ADDRESS, Facts
+from medtut.errors import MedtutError
 
 __all__ = [
     "CHECKS", "Check", "CodeError", "Decoded", "DoctorReport", "Facts", "decode",
@@ -29,10 +33,6 @@ PYTHON = (3, 11)
 MEMORY_GB = 6.0
 DISK_GB = 3.0
 
-_REINSTALL = (
-    "install a matching pair from one source: "
-    "python -m pip install --force-reinstall --no-cache-dir torch torchvision"
-)
 _CONTINUE = "run `python -m pip install -e .` in the course folder"
 
 
@@ -46,19 +46,25 @@ class Check:
     cure: str = ""
 
 
+def _check(name: str, case: str, /, **words: Any) -> Check:
+    """Return what ``doctor.json`` holds for a case: status, message and perhaps cure.
+
+    JSON, as the doctor has to speak where packages are missing.
+    """
+    texts = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
+    status, *said = texts[name][case]
+    return Check(name, status, *(text.format(**words) for text in said))
+
+
 def check_python(facts: Facts) -> Check:
     """Whether Python is new enough."""
     said, need = (".".join(map(str, v)) for v in (facts.python(), PYTHON))
-    if facts.python()[:2] >= PYTHON:
-        return Check("python", "ok", said)
-    cure = f"install Python {need} or newer and make the environment again: make env"
-    return Check("python", "failure", f"{said}, needs {need} or newer", cure)
+    case = "new" if facts.python()[:2] >= PYTHON else "old"
+    return _check("python", case, said=said, need=need)
 
 
 def check_packages(facts: Facts) -> Check:
     """Whether every required package is there in a version within its range."""
-    from packaging.requirements import Requirement
-
     every = map(Requirement, facts.requirements())
     needed = [r for r in every if not r.marker or r.marker.evaluate({"extra": ""})]
     faults = {}
@@ -68,35 +74,27 @@ def check_packages(facts: Facts) -> Check:
             faults[wanted] = f"{one.name} is missing"
         elif not one.specifier.contains(version, prereleases=True):
             faults[wanted] = f"{one.name} is {version}, needs {one.specifier}"
-    if not faults:
-        return Check("packages", "ok", f"all {len(needed)} within their ranges")
-    cure = f"python -m pip install {' '.join(faults)}"
-    return Check("packages", "failure", "; ".join(faults.values()), cure)
+    said, names = "; ".join(faults.values()), " ".join(faults)
+    case = "faults" if faults else "all"
+    return _check("packages", case, count=len(needed), said=said, names=names)
 
 
 def check_torch_pair(facts: Facts) -> Check:
     """Whether torch and torchvision are built for each other."""
-    from packaging.requirements import Requirement
-
     status, _, err = facts.probe()
-    last = "".join(err.strip().splitlines()[-1:]).strip()
-    said, cure = f"importing them failed: {last or f'exit status {status}'}", _REINSTALL
+    last = "".join(err.strip().splitlines()[-1:]).strip() or f"exit status {status}"
     if status == 0 and (pair := _told(facts, "medtut-pair")):
         here = facts.version("torch") or "0"
         asked = map(Requirement, facts.requires("torchvision"))
         asked = [r.specifier for r in asked if r.name == "torch" and not r.marker]
-        if all(one.contains(here, prereleases=True) for one in asked):
-            return Check("torch_pair", "ok", f"torch {pair[0]}, torchvision {pair[1]}")
-        said = f"torchvision asks for torch {asked[0]}, not {here}"
-    elif "torchvision::nms does not exist" in err:
-        said = "torch and torchvision do not match (torchvision::nms does not exist)"
-    elif missing := re.search(r"No module named '(torch|torchvision)'", err):
-        cure = "python -m pip install torch torchvision"
-        said = f"{missing[1]} is missing"
-    elif status == 124:
-        cure = "run `medtut doctor` once more: a first import reads many files"
-        said = last
-    return Check("torch_pair", "failure", said, cure)
+        fits = all(one.contains(here, prereleases=True) for one in asked)
+        case = "fits" if fits else "other"
+        return _check("torch_pair", case, pair=pair, here=here, asked=asked)
+    if "torchvision::nms does not exist" in err:
+        return _check("torch_pair", "mismatch")
+    if missing := re.search(r"No module named '(torch|torchvision)'", err):
+        return _check("torch_pair", "missing", name=missing[1])
+    return _check("torch_pair", "slow" if status == 124 else "broken", last=last)
 
 
 def device_kind(facts: Facts) -> str:
@@ -112,22 +110,15 @@ def _told(facts: Facts, mark: str) -> list[str]:
 
 def check_device(facts: Facts) -> Check:
     """Which device torch would use; a CPU is enough for the quick profile."""
-    kind, *name = _told(facts, "medtut-device") or ["none"]
-    cure = "first mend torch, named above; then run `medtut doctor` again"
-    if kind == "none":
-        return Check("device", "failure", "torch does not say", cure)
-    more = " (enough for the quick profile)" if kind == "cpu" else ""
-    return Check("device", "ok", f"{kind}: {' '.join(name)}{more}")
+    name = " ".join(_told(facts, "medtut-device")[1:])
+    return _check("device", device_kind(facts), name=name)
 
 
 def check_memory(facts: Facts) -> Check:
     """Whether enough memory is free for the quick profile."""
     free = facts.memory_gb()
-    if free >= MEMORY_GB:
-        return Check("memory", "ok", f"{free:.1f} GB free")
-    said = f"{free:.1f} GB free, the quick profile needs up to {MEMORY_GB:g} GB"
-    cure = "close other programs and kernels, or run with --profile smoke"
-    return Check("memory", "failure", said, cure)
+    case = "enough" if free >= MEMORY_GB else "short"
+    return _check("memory", case, free=free, need=MEMORY_GB)
 
 
 def check_disk(facts: Facts) -> Check:
@@ -135,13 +126,9 @@ def check_disk(facts: Facts) -> Check:
     places = {"cache": facts.cache_folder(), "working folder": Path.cwd()}
     free = {name: facts.free_gb(folder) for name, folder in places.items()}
     said = ", ".join(f"{gb:.1f} GB free at the {name}" for name, gb in free.items())
-    short = [name for name, gb in free.items() if gb < DISK_GB]
-    if not short:
-        return Check("disk", "ok", said)
-    cure = f"free {DISK_GB:g} GB there"
-    if "cache" in short:
-        cure += ", or set MEDTUT_CACHE to a folder on a larger disk"
-    return Check("disk", "failure", said, cure)
+    # The cache comes first: its cure holds for the working folder too.
+    short = [name for name, gb in free.items() if gb < DISK_GB] or ["none"]
+    return _check("disk", short[0], said=said, need=DISK_GB)
 
 
 def check_network(facts: Facts) -> Check:
@@ -150,24 +137,17 @@ def check_network(facts: Facts) -> Check:
         facts.reach()
     except OSError as error:
         reason = getattr(error, "reason", None) or error
-        cure = (
-            "the lessons run without it; for real images and weights connect once "
-            "and run `medtut assets fetch all`"
-        )
-        return Check("network", "warning", f"{ADDRESS} not reached: {reason}", cure)
-    return Check("network", "ok", f"{ADDRESS} answers")
+        return _check("network", "offline", address=ADDRESS, reason=reason)
+    return _check("network", "online", address=ADDRESS)
 
 
 def check_cache(facts: Facts) -> Check:
     """Whether the cache can be written."""
-    from medtut.errors import MedtutError
-
     try:
         facts.prove_cache()
     except (MedtutError, OSError) as error:
-        cure = "set MEDTUT_CACHE to a folder that you can write to"
-        return Check("cache", "failure", str(error).splitlines()[0], cure)
-    return Check("cache", "ok", "writable")
+        return _check("cache", "refused", reason=str(error).splitlines()[0])
+    return _check("cache", "writable")
 
 
 CHECKS: dict[str, Callable[[Facts], Check]] = {
@@ -200,9 +180,8 @@ class DoctorReport:
         """Plain text: one line per check, the cure below it."""
         lines = []
         for one in self.checks:
-            lines.append(f"{one.status:8}{one.name:12}{one.message}")
-            if one.cure:
-                lines.append(f"{'':8}cure: {one.cure}")
+            cure = f"\n{'':8}cure: {one.cure}" if one.cure else ""
+            lines.append(f"{one.status:8}{one.name:12}{one.message}{cure}")
         return "\n".join([*lines, f"Result code: {self.code}"])
 
     __str__ = __repr__ = to_text
@@ -222,8 +201,6 @@ def run_doctor(
     facts: Facts | None = None, checks: Mapping[str, Callable[[Facts], Check]] = CHECKS
 ) -> DoctorReport:
     """Run all checks; a check that itself fails is reported, not raised."""
-    from packaging.requirements import Requirement
-
     facts = facts or Facts()
     done = [_safely(name, check, facts) for name, check in checks.items()]
     try:

@@ -22,7 +22,6 @@ CHECK_NAMES = (
 )  # fmt: skip
 STATUSES = ("ok", "warning", "failure", "not run")
 DEVICES = ("none", "cpu", "cuda", "mps")
-_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
 # Digits that base32 does not have, read as the letters they look like.
 _LOOK_ALIKE = str.maketrans("018", "OIB")
 
@@ -67,16 +66,17 @@ class Decoded:
     __str__ = to_text
 
 
-def _statuses(payload: bytes) -> list[str]:
-    bits, places = int.from_bytes(payload[:2], "big"), range(len(CHECK_NAMES))
-    return [STATUSES[bits >> 2 * k & 3] for k in reversed(places)]
+def _checks(payload: bytes) -> dict[str, str]:
+    bits, last = int.from_bytes(payload[:2], "big"), len(CHECK_NAMES) - 1
+    return {n: STATUSES[bits >> 2 * (last - k) & 3] for k, n in enumerate(CHECK_NAMES)}
 
 
 def _write(payload: bytes) -> str:
     """Return the code of five bytes; word and last letters follow from them."""
-    word = "FAIL" if "failure" in _statuses(payload) else "OK"
-    body, sum_ = base64.b32encode(payload).decode("ascii"), zlib.crc32(payload)
-    return f"MT1-{word}-{body}-{_ALPHABET[sum_ >> 5 & 31]}{_ALPHABET[sum_ & 31]}"
+    word = "FAIL" if "failure" in _checks(payload).values() else "OK"
+    ten_bits = struct.pack(">H", (zlib.crc32(payload) & 0x3FF) << 6)
+    letters = base64.b32encode(payload + ten_bits).decode("ascii")
+    return f"MT1-{word}-{letters[:8]}-{letters[8:10]}"
 
 
 def encode(
@@ -105,16 +105,10 @@ def decode(code: str) -> Decoded:
     plain = "".join(code.split()).upper()
     match = re.fullmatch(r"(MT1-(?:OK|FAIL)-)([A-Z0-8]{8})-([A-Z0-8]{2})", plain)
     if match is None:
-        raise CodeError(
-            f"{code!r} is no result code; one looks like MT1-OK-AAAAFC3K-QF."
-        )
+        raise CodeError(f"{code!r} is no result code, as MT1-OK-AAAAFC3K-QF is one.")
     body, letters = (text.translate(_LOOK_ALIKE) for text in match.group(2, 3))
     payload = base64.b32decode(body)
     if _write(payload) != f"{match[1]}{body}-{letters}":
         raise CodeError(f"{code!r} was mistyped: its parts do not fit each other.")
-    checks, machine = (
-        dict(zip(CHECK_NAMES, _statuses(payload), strict=True)),
-        payload[2],
-    )
-    device, python = DEVICES[machine >> 6], f"3.{machine & 63}"
-    return Decoded(checks, device, python, payload[3:].hex())
+    device, python = DEVICES[payload[2] >> 6], f"3.{payload[2] & 63}"
+    return Decoded(_checks(payload), device, python, payload[3:].hex())

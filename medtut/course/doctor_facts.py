@@ -8,8 +8,11 @@ import importlib.metadata as metadata
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
+from medtut.data.cache import cache_dir, writable_dir
 from medtut.machine import version_of
 
 # The official address of most assets; any answer at all means "online".
@@ -82,14 +85,10 @@ class Facts:
 
     def cache_folder(self) -> Path:
         """The course's cache."""
-        from medtut.data.cache import cache_dir
-
         return cache_dir()
 
     def prove_cache(self) -> None:
         """Write to the cache; raises `MedtutError` when that fails."""
-        from medtut.data.cache import writable_dir
-
         writable_dir(self.cache_folder())
 
     def free_gb(self, folder: Path) -> float:
@@ -100,9 +99,6 @@ class Facts:
 
     def reach(self) -> None:
         """Ask `ADDRESS` for its headers; raises OSError when nothing answers."""
-        import urllib.error
-        import urllib.request
-
         request = urllib.request.Request(ADDRESS, method="HEAD")
         with contextlib.suppress(urllib.error.HTTPError):  # refused: somebody is there
             urllib.request.urlopen(request, timeout=TIMEOUT_S).close()

@@ -82,9 +82,9 @@ def parameters(nb: Any, name: str = "notebook") -> dict[str, Any]:
         out there would be stale once papermill has put its own cell below.
     """
     cells = [cell for cell in nb.cells if "parameters" in tags(cell)]
-    if len(cells) != 1:
+    if (n := len(cells)) != 1:
         raise SettingsError(
-            f"{name}: needs exactly one cell tagged 'parameters', has {len(cells)}"
+            f"{name}: needs exactly one cell tagged 'parameters', has {n}"
         )
     values: dict[str, Any] = {}
     for node in ast.parse(cells[0].source).body:
@@ -108,19 +108,15 @@ def find_errors(nb: Any) -> list[CellError]:
     and errors that were caught into an Output widget: those are in the saved widget
     state and nowhere else.
     """
-    found = []
-    owners: dict[str, int] = {}
-    for index, cell in enumerate(nb.cells):
-        for output in cell.get("outputs", []):
-            if view := output.get("data", {}).get(VIEW):
-                owners[view.get("model_id", "")] = index
-            if output.output_type == "error":
-                found.append(error_at(nb, index, _error_text(output)))
-    for model_id, outputs in _widget_outputs(nb):
-        texts = filter(None, map(_error_text, outputs))
-        index = owners.get(model_id, -1)
-        found += [error_at(nb, index, f"in a widget: {text}") for text in texts]
-    return found
+    cells = enumerate(nb.cells)
+    outputs = [(k, out) for k, cell in cells for out in cell.get("outputs", [])]
+    views = [(out.get("data", {}).get(VIEW, {}), k) for k, out in outputs]
+    owners = {view.get("model_id"): k for view, k in views}
+    told = [(k, _error_text(out)) for k, out in outputs if out.output_type == "error"]
+    for model_id, caught in _widget_outputs(nb):
+        texts, index = filter(None, map(_error_text, caught)), owners.get(model_id, -1)
+        told += [(index, f"in a widget: {text}") for text in texts]
+    return [error_at(nb, index, text) for index, text in told]
 
 
 def error_at(nb: Any, index: int, text: str) -> CellError:
@@ -184,9 +180,7 @@ def _error_text(output: Any) -> str:
 
 
 def _hide(output: Any, hide: dict[str, str]) -> None:
-    data = output.get("data", {})
-    texts = [(data, kind) for kind in data if kind.startswith("text/")]
-    for place, key in [*texts, (output, "text")]:
-        for secret, shown in hide.items():
-            if key in place:  # nbformat has joined the lines of every text
+    for place in (output, output.get("data", {})):
+        for key in [key for key in place if key.startswith("text")]:
+            for secret, shown in hide.items():  # nbformat has joined the lines
                 place[key] = place[key].replace(secret, shown)

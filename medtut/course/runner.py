@@ -16,14 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from medtut import machine
-from medtut.course import engine, nbfile
+from medtut.course import engine, files, nbfile
 from medtut.course.catalog import environment, notebooks_dir
-from medtut.course.files import (
-    check_cache,
-    check_writable,
-    replace_folder,
-    repository_root,
-)
 from medtut.course.plan import Plan, chosen, make_plan
 from medtut.course.profiles import choose_profile, profile_table
 from medtut.course.render import to_html
@@ -117,23 +111,18 @@ def run_lessons(
         passed["MEDTUT_DATA"] = str(Path(data).resolve())
     with environment(**passed):
         name = choose_profile()
-        base = (Path(out).resolve() if out else repository_root() / "build") / name
-        given = dict(overrides or {})
-        check_cache()
-        plans = [
-            make_plan(lesson, name, given, data, base, solve, inject)
-            for lesson in chosen(lessons, notebooks)
-        ]
+        base = Path(out or files.repository_root() / "build").resolve() / name
+        files.check_cache()
+        rest = (name, dict(overrides or {}), data, base, solve, inject)
+        plans = [make_plan(lesson, *rest) for lesson in chosen(lessons, notebooks)]
         limit = timeout or profile_table()[name]["cell_timeout"]
-        runs = [_run(plan, limit, solve, progress, console) for plan in plans]
+        runs = [_run(plan, limit, progress, console) for plan in plans]
         index = write_index(base, name)
     console.print(f"Overview: {index}", soft_wrap=True, highlight=False)
     return runs
 
 
-def _run(
-    plan: Plan, timeout: float, solve: bool, progress: bool, console: Any
-) -> LessonRun:
+def _run(plan: Plan, timeout: float, progress: bool, console: Any) -> LessonRun:
     work, slug = _workplace(plan), plan.lesson.slug
     source = work / "input.partial.ipynb"
     target = work / plan.lesson.path.name
@@ -145,13 +134,13 @@ def _run(
             source, target, parameters=given, cwd=cwd, timeout=timeout, on_cell=on_cell
         )
     source.unlink(missing_ok=True)
-    errors = _errors(plan, done, work, solve)
+    errors = _errors(plan, done, work)
     cost = _cost(plan, done, work)
     write_json(work / "cost.json", cost)
     if done.nb is not None:
         shown = f"build/{plan.settings.profile}/{slug}"
-        hide = {str(work): shown, str(repository_root()): ".", str(Path.home()): "~"}
-        nbfile.clean(done.nb, {k: v for k, v in hide.items() if len(k) > 1})
+        places = {work: shown, files.repository_root(): ".", Path.home(): "~"}
+        nbfile.clean(done.nb, {str(k): v for k, v in places.items() if k.parts[1:]})
         nbfile.write_notebook(done.nb, target)
     said = f"{slug} ({plan.settings.profile})"
     if errors:
@@ -164,7 +153,7 @@ def _run(
         return LessonRun(slug, False, work, errors, cost, done.nb)
     write_text(target.with_suffix(".html"), to_html(done.nb, cost["title"]))
     (work / "run.json").unlink(missing_ok=True)
-    replace_folder(work, plan.folder)
+    files.replace_folder(work, plan.folder)
     used = f"{minutes(cost['seconds'])}, {memory(cost['peak_memory_mb'])}"
     console.print(f"{said}: {used}")
     return LessonRun(slug, True, plan.folder, [], cost, done.nb)
@@ -178,7 +167,7 @@ def _workplace(plan: Plan) -> Path:
     key = {"settings": plan.settings.model_dump(mode="json"), "notebook": digest}
     if work.exists() and read_json(work / "run.json") != key:
         shutil.rmtree(work, ignore_errors=True)
-    check_writable(work)
+    files.check_writable(work)
     # Numbers of the broken-off run must not be read as this one's.
     for name in ("metrics.json", "metrics.previous.json", "figures.json"):
         (work / name).unlink(missing_ok=True)
@@ -186,7 +175,7 @@ def _workplace(plan: Plan) -> Path:
     return work
 
 
-def _errors(plan: Plan, done: engine.Execution, work: Path, solve: bool) -> list[str]:
+def _errors(plan: Plan, done: engine.Execution, work: Path) -> list[str]:
     found = [str(error) for error in nbfile.find_errors(done.nb)] if done.nb else []
     if done.error and not any(done.error in text for text in found):
         found.insert(0, str(nbfile.error_at(done.nb, done.cell, done.error)))
@@ -196,17 +185,14 @@ def _errors(plan: Plan, done: engine.Execution, work: Path, solve: bool) -> list
         return [f"cell {index + 1} was not run" for index in skipped]
     if read_json(work / "metrics.json", {}).get("status") != "complete":
         return ["the notebook never called lesson.finish()"]
-    if not solve:
+    if not plan.solved:
         return []
     from medtut.course.exercises import outcomes_in
 
     said = outcomes_in(done.nb)
-    return [
-        f"exercise {name}: its solution is {said.get(name, 'never checked')}, "
-        "not correct"
-        for name in plan.solved
-        if said.get(name) != "correct"
-    ]
+    told = {name: said.get(name, "never checked") for name in plan.solved}
+    wrong = {name: status for name, status in told.items() if status != "correct"}
+    return [f"exercise {n}: its solution is {s}, not correct" for n, s in wrong.items()]
 
 
 def _heading(cell: Any, level: str = "#+") -> str:

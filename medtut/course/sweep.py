@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medtut import machine
 from medtut.course.catalog import environment, find_lesson
@@ -24,6 +24,9 @@ from medtut.course.profiles import _did_you_mean as did_you_mean
 from medtut.course.report import minutes
 from medtut.errors import MedtutError
 from medtut.files import read_json, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -148,6 +151,34 @@ def load_sweep(
         listed = ", ".join(f"{p} (cohort {c})" for p, c in sorted(kinds, key=str))
         raise MedtutError(f"the runs in {folder} cannot be compared: {listed}")
     return sorted(runs, key=lambda run: (run["arm"], run["seed"]))
+
+
+def committed(lesson: str, key: str = "cases") -> dict[str, np.ndarray]:
+    """A number of the stored runs by arm: ``(seeds, patients)`` or ``(seeds,)``.
+
+    Arms that do not have it are left out; seeds ascend.
+    """
+    import numpy as np
+
+    found: dict[str, list] = {}
+    for run in sorted(load_sweep(lesson), key=lambda run: run["seed"]):
+        if run["metrics"][key] is not None:
+            found.setdefault(run["arm"], []).append(run["metrics"][key])
+    return {arm: np.array(values, dtype=float) for arm, values in found.items()}
+
+
+def chosen_rate(lesson: str, arm: str) -> float:
+    """The learning rate that the stored runs of an arm chose on validation.
+
+    Raises
+    ------
+    MedtutError
+        When there is no run of this arm.
+    """
+    rates = committed(lesson, "lr").get(arm)
+    if rates is None:
+        raise MedtutError(f"no sweep of {arm}: medtut sweep {lesson[:2]} --arms {arm}")
+    return float(rates[0])
 
 
 def sweep_slug(lesson: str | int) -> str:

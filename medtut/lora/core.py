@@ -165,8 +165,7 @@ class LoRALayer(nn.Module):
             # Registries are copied so that our additions do not leak into the base.
             copied = value.copy() if isinstance(value, (dict, set)) else value
             self.__dict__[key] = copied
-        for parameter in base.parameters():
-            parameter.requires_grad_(False)
+        base.requires_grad_(False)
         self.spec = spec
         self.parts = ()
         self._origin = [base]  # in a list: not a submodule
@@ -195,8 +194,7 @@ class LoRALayer(nn.Module):
             )
         # Adapters stay in float32 over a half-precision base: their updates are far
         # below the resolution of 16 bits.
-        low = weight.dtype in (torch.float16, torch.bfloat16)
-        dtype = torch.float32 if low else weight.dtype
+        dtype = torch.promote_types(weight.dtype, torch.float32)
         kind = {"device": weight.device, "dtype": dtype}
         A = torch.empty(a_shape, **kind)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))

@@ -56,24 +56,23 @@ def _attention_tensors(layer: LoRAMultiheadAttention) -> dict[str, Tensor]:
             "an nn.MultiheadAttention with separate q/k/v projections (kdim or vdim "
             "given) has no place in peft's adapter layout and cannot be saved."
         )
-    d = layer.embed_dim
-    kind = layer.slots()[0].A
-    into: list[tuple[Tensor, Tensor]] = []
-    outof = [slot.pair() for slot in layer.slots() if slot.part == "output"]
-    for slot in (slot for slot in layer.slots() if slot.part != "output"):
-        A, B = slot.pair()
-        into.append((A, slot.put(B.new_zeros(3 * d, B.shape[1]), B)))
-    rank = max(sum(len(A) for A, _ in pairs) for pairs in (into, outof))
-
-    def stack(pairs: list[tuple[Tensor, Tensor]], rows: int) -> tuple[Tensor, Tensor]:
-        pad = rank - sum(len(A) for A, _ in pairs)
-        pairs = [*pairs, (kind.new_zeros(pad, d), kind.new_zeros(rows, pad))]
-        return torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], 1)
-
+    d, slots = layer.embed_dim, layer.slots()
+    output = [slot for slot in slots if slot.part == "output"]
+    chosen = {
+        "": [slot for slot in slots if slot.part != "output"],
+        "base_layer.out_proj.": output,
+    }
+    one = len(slots[0].pair()[0])
+    rank = one * max(map(len, chosen.values()))
     tensors = {}
-    for place, pairs, rows in (("", into, 3 * d), ("base_layer.out_proj.", outof, d)):
-        names = (f"{place}lora_A.weight", f"{place}lora_B.weight")
-        tensors |= zip(names, stack(pairs, rows), strict=True)
+    for place, own in chosen.items():
+        rows = d if own is output else 3 * d
+        A, B = slots[0].A.new_zeros(rank, d), slots[0].A.new_zeros(rows, rank)
+        for start, slot in zip(range(0, rank, one), own, strict=False):
+            a, b = slot.pair()
+            A[start : start + one] = a
+            B[:, start : start + one] = slot.put(b.new_zeros(rows, one), b)
+        tensors |= {f"{place}lora_A.weight": A, f"{place}lora_B.weight": B}
     return tensors
 
 
@@ -100,8 +99,7 @@ def _rank_and_alpha(layer: LoRALayer, A: Tensor) -> tuple[int, float]:
     rank = A.shape[0]
     alpha = layer.spec.scale * rank
     near = round(alpha)
-    same = near and math.isclose(alpha, near, rel_tol=1e-12)
-    return rank, near if same else alpha
+    return rank, near if near and math.isclose(alpha, near, rel_tol=1e-12) else alpha
 
 
 def _peft_config(
@@ -117,9 +115,7 @@ def _peft_config(
     specs = [layer.spec for layer in layers.values()]
     return {
         "peft_type": "LORA",
-        "task_type": None,
-        "auto_mapping": None,
-        "base_model_name_or_path": None,
+        **dict.fromkeys(("task_type", "auto_mapping", "base_model_name_or_path")),
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
@@ -219,12 +215,11 @@ def save_adapter(
 
 def _extra_tensors(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name in names:
-        try:
-            module = model.get_submodule(name)
-        except AttributeError as error:
-            raise LoRAError(f"extra: the model has no module {name!r}") from error
-        state = module.state_dict()
+        if name not in modules:
+            raise LoRAError(f"extra: the model has no module {name!r}")
+        state = modules[name].state_dict()
         if any(is_adapter(key) for key in state):
             raise LoRAError(f"extra: {name} holds adapters; name only plain modules.")
         out |= {f"{PREFIX}{name}.{key}": t.clone() for key, t in state.items()}

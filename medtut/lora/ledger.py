@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import re
@@ -74,12 +73,9 @@ class Ledger:
     def _repr_html_(self) -> str:
         """The same table for a notebook, with header cells a screen reader uses."""
         head = "".join(f'<th scope="col">{h}</th>' for h in _HEADINGS)
-        body = "".join(
-            f'<tr><th scope="row" style="text-align:left">{html.escape(row[0])}</th>'
-            + "".join(f'<td style="text-align:right">{c}</td>' for c in row[1:])
-            + "</tr>"
-            for row in self._table()
-        )
+        first = '<tr><th scope="row" style="text-align:left">{}</th>'
+        line = first + 5 * '<td style="text-align:right">{}</td>' + "</tr>"
+        body = "".join(line.format(*row) for row in self._table())
         return (
             "<table><caption>Parameter ledger</caption>"
             f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -103,12 +99,10 @@ def safetensors_size(tensors: dict[str, Tensor]) -> int:
     """Exact size in bytes of a safetensors file with these tensors, no metadata."""
     if not tensors:
         return 0
-    header: dict[str, object] = {}
-    offset = 0
-    order = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
-    for name in order:
+    header, offset = {}, 0
+    for name in sorted(tensors, key=lambda n: (-tensors[n].element_size(), n)):
         t, start = tensors[name], offset
-        offset += t.numel() * t.element_size()
+        offset += t.nbytes
         kind = str(t.dtype).removeprefix("torch.")  # float32 is written F32, uint8 U8
         kind = re.sub("(float|uint|int)", lambda m: m[1][0], kind).upper()
         place = {"shape": list(t.shape), "data_offsets": [start, offset]}
@@ -121,7 +115,7 @@ def _row(tensors: dict[str, Tensor]) -> Row:
     return Row(
         len(tensors),
         sum(t.numel() for t in tensors.values()),
-        sum(t.numel() * t.element_size() for t in tensors.values()),
+        sum(t.nbytes for t in tensors.values()),
         safetensors_size(tensors),
     )
 

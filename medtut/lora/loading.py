@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import warnings
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -26,37 +28,31 @@ from medtut.lora.inject import (
 )
 from medtut.lora.io import BASE, CONFIG, PREFIX, WEIGHTS
 
+# So peft names the output projection of a MultiheadAttention.
 _KEY = re.compile(
-    r"^(?P<name>.+?)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector)(\.weight)?$"
+    r"^(?P<name>.+?)(?P<out>\.base_layer\.out_proj)?"
+    r"\.(?P<kind>lora_A|lora_B|lora_magnitude_vector)(\.weight)?$"
 )
 Group = dict[str, Tensor]
 
 
-def _read_json(path: Path) -> dict:
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say which file of a folder is missing or damaged, and what to do."""
+    from safetensors import SafetensorError
+
     try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}
+        yield
     except FileNotFoundError as error:
         raise LoRAError(
-            f"{path} is missing: an adapter folder holds {WEIGHTS} and {CONFIG}."
+            f"{path} is missing: an adapter folder holds {WEIGHTS} and {CONFIG} (an "
+            "adapter_model.bin, a pickle, is not opened: save it again with "
+            "safe_serialization=True)."
         ) from error
-    except (OSError, ValueError, TypeError) as error:
-        raise LoRAError(f"{path} is damaged or unreadable: {error}") from error
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise LoRAError(
-            f"{path} is missing. Check the folder (an adapter_model.bin, a pickle, is "
-            "not opened: save it again with safe_serialization=True)."
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise LoRAError(
-            f"{path} is damaged or cut short ({error}); copy or save it again."
+            f"{path} is damaged, cut short or unreadable ({type(error).__name__}: "
+            f"{error}); copy or save it again."
         ) from error
 
 
@@ -69,10 +65,9 @@ def _groups(
     for key, tensor in tensors.items():
         short = key.removeprefix(PREFIX)
         if match := _KEY.match(short):
-            # So peft names the output projection of a MultiheadAttention.
-            name, out = re.subn(r"\.base_layer\.out_proj$", "", match["name"])
-            name = name.replace(".base_layer.", ".")
-            groups.setdefault(name, {})["out_" * out + match["kind"]] = tensor
+            name = match["name"].replace(".base_layer.", ".")
+            kind = f"out_{match['kind']}" if match["out"] else match["kind"]
+            groups.setdefault(name, {})[kind] = tensor
         elif "lora_" in short:
             raise LoRAError(
                 f"{path}: {key} belongs to a kind of adapter that medtut does not "
@@ -95,27 +90,20 @@ def _pattern(patterns: dict, name: str, default: float) -> float:
     return default if key is None else patterns[key]
 
 
-def _peft_spec(config: dict, name: str, group: Group) -> AdapterSpec:
-    rank = group["lora_A"].shape[0]
-    alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", rank))
-    return AdapterSpec(
+def _peft_spec(config: dict, name: str, group: Group, base: nn.Module) -> AdapterSpec:
+    rank, patterns = group["lora_A"].shape[0], config.get("alpha_pattern")
+    spec = AdapterSpec(
         rank,
-        float(alpha),
+        float(_pattern(patterns, name, config.get("lora_alpha", rank))),
         "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
         float(config.get("lora_dropout") or 0.0),
         "dora" if "lora_magnitude_vector" in group else "lora",
     )
-
-
-def _assign(slot_A: Tensor, slot_B: Tensor, A: Tensor, B: Tensor, where: str) -> None:
-    for mine, new in ((slot_A, A), (slot_B, B)):
-        if mine.shape != new.shape:
-            raise LoRAError(
-                f"{where}: the file has a tensor of shape {tuple(new.shape)} where "
-                f"this model needs {tuple(mine.shape)}: another architecture."
-            )
-    slot_A.copy_(A)
-    slot_B.copy_(B)
+    if (groups := getattr(base, "groups", 1)) == 1:
+        return spec
+    # Our rank counts one group's channels, peft's all of them.
+    r = rank // groups
+    return replace(spec, r=r, alpha=spec.scale * r, scaling="alpha/r")
 
 
 @torch.no_grad()
@@ -130,22 +118,26 @@ def _fill(layer: LoRALayer, group: Group, name: str, ours: bool) -> None:
                 f"{name}: this adapter of a grouped convolution mixes groups, as peft "
                 "trains them; no grouped weight can hold that."
             )
-    start, r = 0, layer.spec.r
+    start = 0
     for slot in layer.slots():
         if slot.part == "output" and isinstance(layer, LoRAMultiheadAttention):
             a, b, start = group["out_lora_A"], group["out_lora_B"], 0
         else:
             a, b = A, slot.take(B)
-        if not ours:
+        for mine_A, mine_B, sign in ((slot.A, slot.B, 1), (slot.A0, slot.B0, -1)):
+            if mine_A is None:
+                continue
             # One pair from peft serves all parts: each keeps its own copy.
-            _assign(slot.A, slot.B, a, b, name)
-        else:
-            _assign(slot.A, slot.B, a[start : start + r], b[:, start : start + r], name)
-            start += r
-            if slot.A0 is not None and slot.B0 is not None:
-                stop = start + r
-                _assign(slot.A0, slot.B0, a[start:stop], -b[:, start:stop], name)
-                start = stop
+            rank = slice(start, start + layer.spec.r) if ours else slice(None)
+            start += layer.spec.r
+            for mine, new in ((mine_A, a[rank]), (mine_B, sign * b[:, rank])):
+                if mine.shape != new.shape:
+                    raise LoRAError(
+                        f"{name}: the file has a tensor of shape {tuple(new.shape)} "
+                        f"where this model needs {tuple(mine.shape)}: another "
+                        "architecture."
+                    )
+                mine.copy_(new)
         if slot.magnitude is not None:
             slot.magnitude.copy_(slot.take(group["lora_magnitude_vector"].flatten()))
 
@@ -153,29 +145,22 @@ def _fill(layer: LoRALayer, group: Group, name: str, ours: bool) -> None:
 def _build(
     model: nn.Module, config: dict, record: dict | None, name: str, group: Group
 ) -> tuple[nn.Module, LoRALayer]:
-    try:
-        base = model.get_submodule(name)
-    except AttributeError as error:
-        raise LoRAError(
-            f"the adapter changes {name}, which {type(model).__name__} does not have: "
-            "it belongs to another architecture."
-        ) from error
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    if attention := "out_lora_A" in group:
+        kinds = (nn.MultiheadAttention,)
+    base = dict(model.named_modules(remove_duplicate=False)).get(name)
     if not isinstance(base, kinds):
-        raise LoRAError(f"{name} is a {type(base).__name__}, which is not adaptable.")
-    attention = isinstance(base, nn.MultiheadAttention)
-    if attention != ("out_lora_A" in group):
-        raise LoRAError(f"{name}: a MultiheadAttention has two projections in a file.")
+        raise LoRAError(
+            f"the adapter changes {name}, which {type(model).__name__} does not have "
+            f"as {' or '.join(kind.__name__ for kind in kinds)} (it has: "
+            f"{type(base).__name__}): it belongs to another architecture."
+        )
     if record is not None:
-        spec = AdapterSpec(**{f.name: record[f.name] for f in fields(AdapterSpec)})
-        shape = {k: record[k] for k in ("order", "layout", "heads") if k in record}
-        layer = make_layer(base, spec, record["parts"], check=False, **shape)
+        shape = dict(record)
+        spec = AdapterSpec(*(shape.pop(f.name) for f in fields(AdapterSpec)))
+        layer = make_layer(base, spec, shape.pop("parts"), check=False, **shape)
     else:
-        spec = _peft_spec(config, name, group)
-        if (groups := getattr(base, "groups", 1)) > 1:
-            # Our rank counts one group's channels, peft's all of them.
-            r, rest = spec.r // groups, (spec.dropout, spec.variant)
-            spec = AdapterSpec(r, spec.scale * r, "alpha/r", *rest)
+        spec = _peft_spec(config, name, group, base)
         layer = make_layer(base, spec, PARTS, check=False)
         if attention and group["out_lora_B"].any():
             # huggingface/peft pull request 3774
@@ -215,15 +200,20 @@ def load_adapter(
         architecture, or other weights. The model is then unchanged. Files without a
         fingerprint (peft's) give a warning.
     """
+    from safetensors import safe_open
+
     folder = Path(folder)
     if not folder.is_dir():
         raise LoRAError(f"{folder} is not a folder; give the folder of an adapter.")
-    config = _read_json(folder / CONFIG)
+    with _reading(folder / CONFIG):
+        config = {**json.loads((folder / CONFIG).read_text(encoding="utf-8"))}
     if config.get("peft_type", "LORA") != "LORA":
         raise LoRAError(
             f"{folder} holds a {config['peft_type']} adapter; medtut reads LORA."
         )
-    tensors, metadata = _read_tensors(folder / WEIGHTS)
+    with _reading(folder / WEIGHTS), safe_open(folder / WEIGHTS, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
     groups, rest = _groups(tensors, folder / WEIGHTS)
     records = _check_fingerprint(model, folder, metadata, allow_other_base)
     own = model.state_dict()
@@ -251,15 +241,13 @@ def load_adapter(
         for p, flag in before.items():
             p.requires_grad_(flag)
         raise
-    for p in model.parameters():
-        p.requires_grad_(False)
+    model.requires_grad_(False)
     replace_modules(model, {id(base): layer for base, layer in built.values()})
     guard_fast_paths(model)
     state = model.state_dict(keep_vars=True)
     for key, tensor in rest.items():
         state[key].detach().copy_(tensor)
-        if isinstance(state[key], nn.Parameter):
-            state[key].requires_grad_(True)
+        state[key].requires_grad_(isinstance(state[key], nn.Parameter))
     return Injection({name: layer for name, (_, layer) in built.items()})
 
 
@@ -274,14 +262,12 @@ def _check_fingerprint(
             stacklevel=3,
         )
         return {}
-    base = _read_json(folder / BASE)
-    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    try:
+    with _reading(folder / BASE):
+        base = json.loads((folder / BASE).read_text(encoding="utf-8"))
         records, hashes = base["layers"], base["tensors"]
-        mixed = digest != base["adapter_sha256"]
-    except KeyError as error:
-        raise LoRAError(f"{folder / BASE} is damaged: {error} is missing") from error
-    if mixed or metadata["medtut_base"] != total(hashes):
+        digest = base["adapter_sha256"]
+    found = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    if (found, metadata["medtut_base"]) != (digest, total(hashes)):
         raise LoRAError(
             f"the files in {folder} come from different saves, or {BASE} or {WEIGHTS} "
             "was changed; save the adapter again."

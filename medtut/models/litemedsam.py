@@ -9,7 +9,6 @@ on many public medical images by the authors of MedSAM (Ma et al., arXiv:2304.12
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -17,8 +16,6 @@ import torch.nn.functional as F
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
-
-from medtut.errors import MedtutError
 
 KEY_DIM = 32  # of every head
 ROWS = 16  # of a strip, see MBConv
@@ -251,13 +248,6 @@ class LiteMedSAM(nn.Module):
         )
 
 
-@lru_cache(maxsize=1)
-def _asset() -> Path:
-    from medtut.data.assets import fetch
-
-    return fetch("litemedsam")["weights"]
-
-
 def load_litemedsam(path: Path | str | None = None) -> LiteMedSAM:
     """LiteMedSAM with its published weights, in evaluation mode.
 
@@ -273,12 +263,10 @@ def load_litemedsam(path: Path | str | None = None) -> LiteMedSAM:
     MedtutError
         If the file is damaged, is not a checkpoint, or is one of another model.
     """
+    from medtut.data.assets import fetch
     from medtut.models.sam import load_state
 
-    path = Path(path or _asset())
+    path = path or fetch("litemedsam")["weights"]
     model = LiteMedSAM()
     load_state(model, path, "LiteMedSAM")
     return model.eval()
-
-
-__all__ = ["LiteMedSAM", "MedtutError", "TinyViT", "load_litemedsam"]

@@ -353,12 +353,10 @@ TRAINED = {
     "decoder": DECODER,
     "lora_decoder": DECODER + 4 * PER_RANK,
     "published": 64 * PER_RANK,
-    **{f"{family}_{r}": r * PER_RANK for family in ("unscaled", "alpha", "rs")
-       for r in (16, 64)},
+    **dict.fromkeys(("unscaled_64", "alpha_64", "rs_64"), 64 * PER_RANK),
     **dict.fromkeys(("max", "all", "packed"), 4 * PER_RANK),
-}  # fmt: skip
-SCALES = {"published": 1, "unscaled_16": 1, "unscaled_64": 1, "alpha_16": 1 / 4,
-          "alpha_64": 1 / 16, "rs_16": 1 / 2, "rs_64": 1 / 4}  # fmt: skip
+}
+SCALES = {"published": 1, "unscaled_64": 1, "alpha_64": 1 / 16, "rs_64": 1 / 4}
 
 
 def test_every_design_is_counted():
@@ -1078,7 +1076,6 @@ def test_committed_runs_by_arm_and_seed(stored):
         prompts = {"true box": [seed, 1], "no box": [seed, 2]}
         stored("lora", seed, cases=[seed, 0.5], lr=0.01, prompts=prompts)
     stored("zero", 0, cases=[3, 4], lr=0, prompts={})
-    stored("later", 0, cases=[3, 4], lr=0, prompts={})  # of no design of today
     cases = l03.committed()
     assert set(cases) == {"lora", "zero"}
     np.testing.assert_array_equal(cases["lora"], [[0, 0.5], [9, 0.5], [10, 0.5]])

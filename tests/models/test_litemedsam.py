@@ -305,13 +305,8 @@ def test_the_asset_is_taken_where_no_file_is_given(tmp_path, monkeypatch):
         return {"weights": tmp_path / "asset.pth"}
 
     monkeypatch.setattr(assets, "fetch", fetch)
-    litemedsam._asset.cache_clear()
-    try:
-        load_litemedsam()
-        assert litemedsam._asset() == tmp_path / "asset.pth"
-    finally:
-        litemedsam._asset.cache_clear()
-    assert asked == ["litemedsam"]  # hashed once, not for every arm
+    load_litemedsam()
+    assert asked == ["litemedsam"]
 
 
 # --- with the published weights ----------------------------------------------------
@@ -341,7 +336,6 @@ LOGITS = {
 def published():
     if not assets.status("litemedsam")["cached"]:
         pytest.skip("litemedsam is not in the cache (medtut assets fetch it)")
-    litemedsam._asset.cache_clear()
     return load_litemedsam()
 
 
@@ -375,7 +369,7 @@ def test_published_weights_give_the_stored_numbers(published):
 
 
 def test_published_file_has_the_models_names(published):
-    state = torch.load(litemedsam._asset(), weights_only=True)
+    state = torch.load(assets.fetch("litemedsam")["weights"], weights_only=True)
     assert len(state) == 435
     assert names_digest(state) == NAMES
     own = published.state_dict()

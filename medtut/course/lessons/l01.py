@@ -193,15 +193,10 @@ def run_arm(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
 
 def chosen_rate(method: str) -> float:
     """The learning rate that the committed sweep chose on its tuning subjects."""
-    from medtut.course.sweep import load_sweep
+    from medtut.course import sweep
 
     arm = "lora_r8" if method in ("lora", "dora", "pissa") else method
-    rates = [r["metrics"]["lr"] for r in load_sweep("01_lora_math") if r["arm"] == arm]
-    if not rates:
-        raise MedtutError(
-            f"no sweep of {arm}: run `medtut sweep 01 --arms {arm}` first."
-        )
-    return float(rates[0])
+    return sweep.chosen_rate("01_lora_math", arm)
 
 
 def sweep_table(runs: list[dict[str, Any]]) -> dict[str, np.ndarray]:

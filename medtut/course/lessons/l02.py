@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
+from medtut.course import sweep
 from medtut.course.lessons.medclip import (
     DESIGNS,
     held_out,
@@ -17,7 +19,6 @@ from medtut.course.lessons.medclip import (
 from medtut.course.profiles import LessonSettings, lesson_tables
 from medtut.data import brain_cohort
 from medtut.data.cache import cached_json
-from medtut.errors import MedtutError
 
 COHORT_VERSION = brain_cohort.version()
 
@@ -56,6 +57,7 @@ TUNING_SEED = 1000  # order and initialisation that no reported run has
 
 # No settings differ between the arms; the designs do.
 ARMS: dict[str, dict[str, Any]] = {name: {} for name in DESIGNS}
+committed = partial(sweep.committed, "02_medclip_segmentation")
 # Arms that do not compete take the rate of the one they vary.
 RATE_OF = {"leaky": "lora"}
 LEAK = ("lora", "leaky", "published")  # also scored on what their own split holds out
@@ -116,24 +118,9 @@ def run_arm(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
     }
 
 
-def committed(key: str = "cases") -> dict[str, np.ndarray]:
-    """A number of the committed sweep by arm: ``(seeds, patients)`` or ``(seeds,)``."""
-    from medtut.course.sweep import load_sweep
-
-    runs = sorted(load_sweep("02_medclip_segmentation"), key=lambda run: run["seed"])
-    return {
-        arm: np.array([r["metrics"][key] for r in runs if r["arm"] == arm], dtype=float)
-        for arm in ARMS
-        if any(r["arm"] == arm and r["metrics"][key] is not None for r in runs)
-    }
-
-
 def chosen_rate(arm: str) -> float:
     """The learning rate that the committed sweep chose on validation."""
-    rates = committed("lr").get(RATE_OF.get(arm, arm))
-    if rates is None:
-        raise MedtutError(f"no sweep of {arm}: run `medtut sweep 02 --arms {arm}`.")
-    return float(rates[0])
+    return sweep.chosen_rate("02_medclip_segmentation", RATE_OF.get(arm, arm))
 
 
 def real_patient(name: str) -> tuple[Any, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
+from medtut.course import sweep
 from medtut.course.lessons.sam import (
     DESIGNS,
     RANDOM,
@@ -22,8 +23,7 @@ from medtut.course.profiles import LessonSettings, lesson_tables
 from medtut.data import brain_cohort
 from medtut.data.brats import Case, load_case, save_prediction
 from medtut.data.brats_men import Region, to_volume
-from medtut.data.cache import cached_file
-from medtut.errors import MedtutError
+from medtut.data.cache import cached_json
 
 COHORT_VERSION = brain_cohort.version()
 
@@ -65,6 +65,8 @@ TUNING_SEED = 1000  # order and initialisation that no reported run has
 ARMS: dict[str, dict[str, Any]] = {name: {} for name in DESIGNS}
 TUNED = ("lora", "full", "decoder", "lora_decoder")
 UNTRAINED = ("zero", "zero_packed")
+committed = partial(sweep.committed, "03_sam_lora")
+chosen_rate = partial(sweep.chosen_rate, "03_sam_lora")
 
 
 def tuned(name: str, settings: Settings) -> dict[str, float]:
@@ -76,18 +78,14 @@ def tuned(name: str, settings: Settings) -> dict[str, float]:
     key = {"arm": repr(DESIGNS[name]), "cohort": COHORT_VERSION, **size}
     key |= {"rates": LEARNING_RATES}
 
-    def make(path: Path) -> None:
-        task = load_task(settings)
+    def score(rate: float) -> float:
+        args = (name, TUNING_SEED, rate, settings, load_task(settings))
         half = max(1, settings.steps // 2)
-        scores = {}
-        for rate in LEARNING_RATES:
-            args = (name, TUNING_SEED, rate, settings, task)
-            best = train_arm(*args, steps=half, evaluations=1)[2].best
-            scores[str(rate)] = best["score"]
-        path.write_text(json.dumps(scores), encoding="utf-8")
+        return train_arm(*args, steps=half, evaluations=1)[2].best["score"]
 
-    path = cached_file("l03_tuning", key, make, ".json")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return cached_json(
+        "l03_tuning", key, lambda: {str(rate): score(rate) for rate in LEARNING_RATES}
+    )
 
 
 def run_arm(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
@@ -126,33 +124,11 @@ def run_arm(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
     }
 
 
-def committed(key: str = "cases") -> dict[str, np.ndarray]:
-    """A number of the committed sweep by arm: ``(seeds, patients)`` or ``(seeds,)``."""
-    from medtut.course.sweep import load_sweep
-
-    runs = sorted(load_sweep("03_sam_lora"), key=lambda run: run["seed"])
-    return {
-        arm: np.array([r["metrics"][key] for r in runs if r["arm"] == arm])
-        for arm in ARMS
-        if any(r["arm"] == arm for r in runs)
-    }
-
-
 def committed_prompts(arm: str) -> dict[str, np.ndarray]:
     """Dice ``(seeds, patients)`` of the committed runs of an arm under each prompt."""
-    from medtut.course.sweep import load_sweep
-
-    runs = [run for run in load_sweep("03_sam_lora") if run["arm"] == arm]
+    runs = [r for r in sweep.load_sweep("03_sam_lora") if r["arm"] == arm]
     names = runs[0]["metrics"]["prompts"] if runs else ()
     return {n: np.array([r["metrics"]["prompts"][n] for r in runs]) for n in names}
-
-
-def chosen_rate(arm: str) -> float:
-    """The learning rate that the committed sweep chose on validation."""
-    rates = committed("lr").get(arm)
-    if rates is None:
-        raise MedtutError(f"no sweep of {arm}: run `medtut sweep 03 --arms {arm}`.")
-    return float(rates[0])
 
 
 def with_weights(lesson: Any) -> Settings:
