@@ -391,8 +391,7 @@ print(f"one visit with gradients: {faster:.2f} times as fast from the cache; "
 #
 # Soft Dice plus cross-entropy, 1:1, MONAI's default as in the code, now against the truth $t$:
 #
-# $$L = 1 - \frac{2\sum p\,t}{\sum p^2 + \sum t^2} \; - \; \frac{1}{n}\sum \big[t \log p + (1-t)
-# \log (1-p)\big].$$
+# $$L = 1 - \frac{2\sum p\,t}{\sum p^2 + \sum t^2} - \frac{1}{n}\sum \left(t \log p + (1-t) \log (1-p)\right).$$
 #
 # Logits come back to the pixels of the slice before they are compared. Boxes are jittered in training,
 # by 5 % of their side, so that the model learns to forgive a hand. Four pictures make a step, and

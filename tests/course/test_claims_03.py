@@ -79,7 +79,7 @@ def test_smoke_decides_only_what_needs_no_training():
     verdicts = judge(LESSON, METRICS, "smoke").verdicts()
     decided = {k for k, v in verdicts.items() if v in ("reproduced", "contradicted")}
     assert decided == {
-            "every-tumour-slice-is-validated",
+        "every-tumour-slice-is-validated",
         "fewer-parameters",
         "merged-is-the-same-model",
     }
