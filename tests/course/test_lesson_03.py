@@ -1149,3 +1149,18 @@ def test_a_folder_without_pictures_says_what_is_needed(settings, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(MedtutError, match=r"images/x\.png"):
         l03.pictures(settings(data=str(tmp_path / "empty")))
+
+
+def test_litemedsam_takes_no_more_than_its_own_size():
+    with pytest.raises(SettingsError, match=r"(?s)side.*272.*takes at most 256"):
+        resolve(LESSON, "smoke", {"side": 272})
+    assert resolve(LESSON, "smoke", {"side": 272, "model": "vit_b"}).side == 272
+
+
+def test_pictures_without_any_lesion_are_refused(tmp_path):
+    from PIL import Image
+
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    Image.new("L", (8, 8)).save(tmp_path / "a_mask.png")
+    with pytest.raises(MedtutError, match="all masks of yours are empty"):
+        l03.pictures(resolve(LESSON, "smoke", {"data": str(tmp_path)}))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from medtut.course import sweep
 from medtut.course.lessons.sam import (
@@ -24,6 +24,7 @@ from medtut.data import brain_cohort
 from medtut.data.brats import Case, load_case, save_prediction
 from medtut.data.brats_men import Region, to_volume
 from medtut.data.cache import cached_json
+from medtut.errors import MedtutError
 
 COHORT_VERSION = brain_cohort.version()
 
@@ -57,6 +58,13 @@ class Settings(LessonSettings):
     train_patients: int = Field(ge=1)
     validation_patients: int = Field(ge=1)
     test_patients: int = Field(ge=3)
+
+    @field_validator("side")
+    @classmethod
+    def _fits(cls, side: int, info: ValidationInfo) -> int:
+        if info.data.get("model") == "litemedsam" and side > 256:
+            raise ValueError("LiteMedSAM takes at most 256 pixels")
+        return side
 
 
 # One grid for the arms that are compared; the rate is chosen on validation.
@@ -163,6 +171,8 @@ def pictures(settings: Settings) -> dict[str, list[dict[str, Any]]]:
     ------
     AssetUnavailable
         Without a network, when the real patients were not fetched before.
+    MedtutError
+        No picture has a lesion in its mask, or what `image_folder` refuses.
     """
     from medtut.data.image_folder import REAL, find_pairs, load_pair, real_slices
 
@@ -171,7 +181,7 @@ def pictures(settings: Settings) -> dict[str, list[dict[str, Any]]]:
     else:
         groups = {name: real_slices(name) for name in REAL}
         groups = {name: items[:: -(-len(items) // 4)] for name, items in groups.items()}
-    return {
+    found = {
         name: [
             item | {"case": name, "modality": "", "z": k}
             for k, item in enumerate(items)
@@ -179,6 +189,11 @@ def pictures(settings: Settings) -> dict[str, list[dict[str, Any]]]:
         ]
         for name, items in groups.items()
     }
+    if bare := [name for name, items in found.items() if not items]:
+        raise MedtutError(
+            f"all masks of {', '.join(bare)} are empty: no box, no prompt."
+        )
+    return found
 
 
 def volume_viewer(case: Case, found: np.ndarray, region: Region, folder: Path) -> Any:
