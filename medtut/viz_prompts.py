@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 # Okabe-Ito: told apart by all, and by line style in grey.
+SCATTERED = 60  # pieces of a mask above which it has no outline to be drawn
 TRUTH, FOUND, BOX = "#56B4E9", "#E69F00", "#F0E442"
 
 
@@ -27,14 +28,19 @@ def show_prompt(
     ax : matplotlib axes
     image : (H, W) or (H, W, 3), in [0, 1]
     truth, found : (H, W) bool
-        Blue and full, orange and dashed.
+        Blue and full, orange and dashed. A mask found in more than `SCATTERED` pieces
+        is named in the title, not drawn.
     box : x0, y0, x1, y1, optional
         Yellow and dotted, in pixels.
     margin : int, optional
         Show only so many pixels around what is outlined.
     """
     from matplotlib.patches import Rectangle
+    from scipy.ndimage import label
 
+    if found is not None and label(found)[1] > SCATTERED:
+        # Noise, such as an untrained model gives: no outline, and a huge picture.
+        found, title = None, f"{title} (found: scattered)"
     ax.imshow(image, cmap="gray", vmin=0, vmax=1)
     for mask, colour, style in ((truth, TRUTH, "-"), (found, FOUND, "--")):
         if mask is not None and mask.any():

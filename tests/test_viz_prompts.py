@@ -103,3 +103,14 @@ def test_legend_names_what_is_drawn(ax, box):
     found = [(x.get_label(), x.get_color(), x.get_linestyle()) for x in lines]
     wanted = [("truth", vp.TRUTH, "-"), ("found", vp.FOUND, "--")]
     assert found == wanted + [("box", vp.BOX, ":")] * box
+
+
+def test_a_scattered_mask_is_named_and_not_drawn(ax):
+    noise = np.zeros((40, 60), bool)
+    noise[::4, ::4] = True  # 150 pieces
+    vp.show_prompt(ax, GREY, TRUE, noise, title="slice 3")
+    assert [colour for colour, *_ in outlines(ax)] == [vp.TRUTH]
+    assert ax.get_title() == "slice 3 (found: scattered)"
+    few = noise & rectangle((0, 16), (0, 40))  # 40 pieces: still drawn
+    vp.show_prompt(ax, GREY, None, few, title="slice 3")
+    assert ax.get_title() == "slice 3"
