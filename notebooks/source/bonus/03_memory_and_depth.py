@@ -126,7 +126,7 @@ def one_step(small, pictures, prompts=1, cached=False):
 designs = {"full encoder": ({"encoder": "full"}, False), "LoRA, layers 1–3": ({"first": 1}, False),
            "LoRA, layers 2–3": ({}, False), "the same, prefix cached": ({}, True),
            "decoder only": ({"encoder": "frozen", "decoder": "full"}, True)}
-batches, crowd, mib = (1, 2, 4), (1, 4, 16), {}
+batches, crowd, mib = (1, 2), (1, 4, 16), {}
 for name, (how, cached) in designs.items():
     small = adapted(**how)
     mib[name] = [kept_bytes(lambda: one_step(small, n, cached=cached), small) / 2**20
