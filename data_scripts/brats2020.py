@@ -21,19 +21,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from medtut.data.brats import (
     MODALITIES,
     Case,
+    Volume,
     find_cases,
     load_case,
     save_split,
     split_cases,
 )
 from medtut.data.download import sha256_of
+from medtut.data.splits import Split
 from medtut.errors import MedtutError
 from medtut.files import write_json
 
@@ -41,6 +45,11 @@ CASES, SHAPE = 369, (240, 240, 155)
 KEPT_BY_SOURCE = 24_354  # slices with tumour, as the published code reports
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 CLASSES = ("background", "necrotic core", "oedema", "enhancing tumour")
+ABOUT = {
+    "name": "BraTS 2020 training",
+    "source": "https://www.med.upenn.edu/cbica/brats2020/data.html",
+    "terms": "register with the organisers; research use; cite the three papers",
+}
 NEAR = 0.995  # correlation of two thumbnails from which they are called the same
 
 
@@ -54,26 +63,30 @@ def thumbnail(image: np.ndarray, side: int = 24) -> np.ndarray:
     return values / (np.linalg.norm(values) or 1)
 
 
-def look(case: Case) -> dict:
-    """Read one case and return what the passport says of it."""
-    volume = load_case(case, MODALITIES)
+def facts_of(case: Case, volume: Volume, names: tuple[str, ...]) -> dict:
+    """What a passport says of one case of any BraTS set."""
     return {
         "id": case.id,
-        "mask": case.mask.name,
         "shape": list(volume.label.shape),
         "spacing_mm": [round(s, 4) for s in volume.spacing],
         "voxels": np.bincount(volume.label.ravel(), minlength=4).tolist(),
         "tumour_slices": int(volume.label.any((0, 1)).sum()),
         "quantiles": {
             name: np.quantile(image[image != 0], QUANTILES).round(2).tolist()
-            for name, image in zip(MODALITIES, volume.image, strict=True)
+            for name, image in zip(names, volume.image, strict=True)
         },
         "thumbnail": thumbnail(volume.image[0]),
     }
 
 
+def look(case: Case) -> dict:
+    """Read one case and return what the passport says of it."""
+    facts = facts_of(case, load_case(case, MODALITIES), MODALITIES)
+    return {**facts, "mask": case.mask.name}
+
+
 def near_duplicates(facts: list[dict]) -> list[list[str]]:
-    """Pairs of cases whose FLAIR thumbnails correlate above `NEAR`."""
+    """Pairs of cases whose thumbnails of the first image correlate above `NEAR`."""
     pairs = []
     for i, one in enumerate(facts):
         for other in facts[:i]:
@@ -83,23 +96,28 @@ def near_duplicates(facts: list[dict]) -> list[list[str]]:
     return pairs
 
 
-def passport(cases: list[Case], facts: list[dict], root: Path, hashes: bool) -> dict:
+def passport(
+    cases: list[Case],
+    facts: list[dict],
+    root: Path,
+    hashes: bool,
+    about: dict = ABOUT,
+    classes: tuple[str, ...] = CLASSES,
+) -> dict:
     """Gather what was seen; see the module's text for source and citation."""
     files = [p for c in cases for p in (*c.images.values(), c.mask)]
     voxels = np.sum([f["voxels"] for f in facts], axis=0)
     medians = {
-        m: np.median([f["quantiles"][m] for f in facts], axis=0).tolist()
-        for m in MODALITIES
+        name: np.median([f["quantiles"][name] for f in facts], axis=0).tolist()
+        for name in facts[0]["quantiles"]
     }
     return {
-        "name": "BraTS 2020 training",
-        "source": "https://www.med.upenn.edu/cbica/brats2020/data.html",
-        "terms": "register with the organisers; research use; cite the three papers",
+        **about,
         "cases": len(facts),
         "bytes": sum(p.stat().st_size for p in files),
         "slices": sum(f["shape"][2] for f in facts),
         "slices_with_tumour": sum(f["tumour_slices"] for f in facts),
-        "label_voxels": dict(zip(CLASSES, voxels.tolist(), strict=True)),
+        "label_voxels": dict(zip(classes, voxels.tolist(), strict=True)),
         "intensity_quantiles": {
             "at": QUANTILES,
             "of": "voxels that are not 0; the median over cases",
@@ -120,22 +138,34 @@ def passport(cases: list[Case], facts: list[dict], root: Path, hashes: bool) -> 
     }  # fmt: skip
 
 
-def differences(card: dict) -> list[str]:
-    """How the folder differs from the published training set, in words."""
-    odd = [f["id"] for f in card["per_case"] if tuple(f["shape"]) != SHAPE]
-    kept, said = card["slices_with_tumour"], []
-    if card["cases"] != CASES:
-        said.append(f"{card['cases']} cases, the published set has {CASES}")
+def other_set(card: dict, count: int, shape: tuple[int, ...]) -> list[str]:
+    """How number and sizes of the cases differ from a published set, in words."""
+    odd = [f["id"] for f in card["per_case"] if tuple(f["shape"]) != shape]
+    said = []
+    if card["cases"] != count:
+        said.append(f"{card['cases']} cases, the published set has {count}")
     if odd:
-        said.append(f"{len(odd)} cases are not {SHAPE}: {', '.join(odd[:5])}")
-    if not said and abs(kept - KEPT_BY_SOURCE) > 0.01 * KEPT_BY_SOURCE:
-        said.append(f"{kept} slices hold tumour, the source reports {KEPT_BY_SOURCE}")
+        said.append(f"{len(odd)} cases are not {shape}: {', '.join(odd[:5])}")
+    return said
+
+
+def defects(card: dict) -> list[str]:
+    """Copies and empty masks, in words."""
+    empty = [f["id"] for f in card["per_case"] if not f["tumour_slices"]]
+    said = []
     if card["near_duplicates"]:
         said.append(f"near-duplicate cases: {card['near_duplicates'][:5]}")
-    empty = [f["id"] for f in card["per_case"] if not f["tumour_slices"]]
     if empty:
         said.append(f"{len(empty)} cases have an empty mask: {', '.join(empty[:5])}")
     return said
+
+
+def differences(card: dict) -> list[str]:
+    """How the folder differs from the published training set, in words."""
+    kept, said = card["slices_with_tumour"], other_set(card, CASES, SHAPE)
+    if not said and abs(kept - KEPT_BY_SOURCE) > 0.01 * KEPT_BY_SOURCE:
+        said.append(f"{kept} slices hold tumour, the source reports {KEPT_BY_SOURCE}")
+    return said + defects(card)
 
 
 def report(card: dict) -> str:
@@ -157,29 +187,32 @@ def report(card: dict) -> str:
     return "\n".join(lines)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Check the folder; see the module's text for the exit codes."""
+def look_at_all(cases: list, look: Callable[[Any], dict]) -> list[dict]:
+    """Look at every case; all bad files are named in one error."""
     from tqdm.auto import tqdm
 
-    cases = find_cases(args.folder)
     facts, bad = [], []
     for case in tqdm(cases, "reading", delay=3, unit="case"):
         try:
             facts.append(look(case))
-        except MedtutError as error:  # go on: all bad files are named in one run
+        except MedtutError as error:
             bad.append(str(error))
     if bad:
         raise MedtutError(f"{len(bad)} of {len(cases)} cases:\n" + "\n".join(bad))
-    card = passport(cases, facts, args.folder, args.hash)
-    split = split_cases([f["id"] for f in facts], seed=args.seed)
+    return facts
+
+
+def hand_over(
+    args: argparse.Namespace, card: dict, split: Split, told: str, said: list[str]
+) -> int:
+    """Write passport and split, print what they hold; 1 if the set is another."""
     write_json(args.out / "passport.json", card)
     save_split(args.out / "split.json", split)
-    print(report(card))
+    print(told)
     print(
         f"{args.out / 'passport.json'} and split.json: {len(split.train)} train, "
         f"{len(split.validation)} validation, {len(split.test)} test (seed {args.seed})"
     )
-    said = differences(card)
     print(
         "".join(f"DIFFERENT: {line}\n" for line in said)
         or "this is the published set\n",
@@ -188,15 +221,27 @@ def run(args: argparse.Namespace) -> int:
     return int(bool(said))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run from the command line and return the exit code."""
+def run(args: argparse.Namespace) -> int:
+    """Check the folder; see the module's text for the exit codes."""
+    cases = find_cases(args.folder)
+    facts = look_at_all(cases, look)
+    card = passport(cases, facts, args.folder, args.hash)
+    split = split_cases([f["id"] for f in facts], seed=args.seed)
+    return hand_over(args, card, split, report(card), differences(card))
+
+
+def command(
+    argv: list[str] | None,
+    text: str,
+    out: str,
+    run: Callable[[argparse.Namespace], int],
+) -> int:
+    """Read the command line of a script that checks a set, and do what it asks."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="the training part, unpacked")
-    parser.add_argument(
-        "--out", type=Path, default=Path("brats2020"), help="default: %(default)s"
-    )
+    parser.add_argument("--out", type=Path, default=out, help="default: %(default)s")
     parser.add_argument("--hash", action="store_true", help="sha256 of every file too")
     parser.add_argument("--seed", type=int, default=0, help="of the split")
     args = parser.parse_args(argv)
@@ -205,6 +250,11 @@ def main(argv: list[str] | None = None) -> int:
     except (MedtutError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line and return the exit code."""
+    return command(argv, __doc__, "brats2020", run)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-from brats2020 import QUANTILES, near_duplicates, thumbnail
+import brats2020
+from brats2020 import command, defects, facts_of, hand_over, look_at_all, other_set
 
-from medtut.data.brats import Case, load_case, save_split, split_cases
+from medtut.data.brats import Case, load_case, split_cases
 from medtut.data.brats_men import (
     MEN,
     PUBLISHED_CROP,
@@ -36,12 +36,14 @@ from medtut.data.brats_men import (
     patient_of,
     union_box,
 )
-from medtut.data.download import sha256_of
-from medtut.errors import MedtutError
-from medtut.files import write_json
 
 CASES, SHAPE = 1000, (240, 240, 155)
 CLASSES = ("background", "non-enhancing core", "oedema", "enhancing tumour")
+ABOUT = {
+    "name": "BraTS-MEN 2023 training",
+    "source": "https://www.synapse.org/brats2023",
+    "terms": "register with Synapse; research use; cite the papers",
+}
 
 
 def look(case: Case) -> dict:
@@ -50,62 +52,23 @@ def look(case: Case) -> dict:
     tumour = volume.label > 0
     brain = (volume.image != 0).any(0)
     return {
-        "id": case.id,
+        **facts_of(case, volume, MEN),
         "patient": patient_of(case.id),
-        "shape": list(tumour.shape),
-        "spacing_mm": [round(s, 4) for s in volume.spacing],
-        "voxels": np.bincount(volume.label.ravel(), minlength=4).tolist(),
         "tumour_outside_brain": int((tumour & ~brain).sum()),
-        "tumour_slices": int(tumour.any((0, 1)).sum()),
-        "quantiles": {
-            name: np.quantile(image[image != 0], QUANTILES).round(2).tolist()
-            for name, image in zip(MEN, volume.image, strict=True)
-        },
-        "thumbnail": thumbnail(volume.image[0]),
     }
 
 
 def passport(cases: list[Case], facts: list[dict], root: Path, hashes: bool) -> dict:
     """Gather what was seen; see the module's text for source and citation."""
-    files = [p for c in cases for p in (*c.images.values(), c.mask)]
-    voxels = np.sum([f["voxels"] for f in facts], axis=0)
-    medians = {
-        m: np.median([f["quantiles"][m] for f in facts], axis=0).tolist() for m in MEN
-    }
-    lost = cut_off(cases)
     return {
-        "name": "BraTS-MEN 2023 training",
-        "source": "https://www.synapse.org/brats2023",
-        "terms": "register with Synapse; research use; cite the papers",
-        "cases": len(facts),
+        **brats2020.passport(cases, facts, root, hashes, ABOUT, CLASSES),
         "patients": len({f["patient"] for f in facts}),
-        "bytes": sum(p.stat().st_size for p in files),
-        "slices": sum(f["shape"][2] for f in facts),
-        "slices_with_tumour": sum(f["tumour_slices"] for f in facts),
-        "label_voxels": dict(zip(CLASSES, voxels.tolist(), strict=True)),
         "crop": {
             "derived": union_box(cases),
             "published": PUBLISHED_CROP,
-            "tumour_voxels_lost_by_published": lost,
+            "tumour_voxels_lost_by_published": cut_off(cases),
         },
-        "intensity_quantiles": {
-            "at": QUANTILES,
-            "of": "voxels that are not 0; the median over cases",
-            **medians,
-        },
-        "all_zero_images": 0,  # the reader refuses them
-        "near_duplicates": near_duplicates(facts),
-        "per_case": [
-            {k: v for k, v in f.items() if k != "thumbnail"} for f in facts
-        ],
-        "files": {
-            p.relative_to(root).as_posix(): {
-                "bytes": p.stat().st_size,
-                **({"sha256": sha256_of(p)} if hashes else {}),
-            }
-            for p in files
-        },
-    }  # fmt: skip
+    }
 
 
 def size(region: list | tuple) -> str:
@@ -115,18 +78,7 @@ def size(region: list | tuple) -> str:
 
 def differences(card: dict) -> list[str]:
     """How the folder differs from the published training set, in words."""
-    odd = [f["id"] for f in card["per_case"] if tuple(f["shape"]) != SHAPE]
-    empty = [f["id"] for f in card["per_case"] if not f["tumour_slices"]]
-    said = []
-    if card["cases"] != CASES:
-        said.append(f"{card['cases']} cases, the published set has {CASES}")
-    if odd:
-        said.append(f"{len(odd)} cases are not {SHAPE}: {', '.join(odd[:5])}")
-    if empty:
-        said.append(f"{len(empty)} cases have an empty mask: {', '.join(empty[:5])}")
-    if card["near_duplicates"]:
-        said.append(f"near-duplicate cases: {card['near_duplicates'][:5]}")
-    return said
+    return other_set(card, CASES, SHAPE) + defects(card)
 
 
 def report(card: dict) -> str:
@@ -152,52 +104,16 @@ def report(card: dict) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Check the folder; see the module's text for the exit codes."""
-    from tqdm.auto import tqdm
-
     cases = find_men_cases(args.folder)
-    facts, bad = [], []
-    for case in tqdm(cases, "reading", delay=3, unit="case"):
-        try:
-            facts.append(look(case))
-        except MedtutError as error:  # go on: all bad files are named in one run
-            bad.append(str(error))
-    if bad:
-        raise MedtutError(f"{len(bad)} of {len(cases)} cases:\n" + "\n".join(bad))
+    facts = look_at_all(cases, look)
     card = passport(cases, facts, args.folder, args.hash)
     split = split_cases((f["id"] for f in facts), seed=args.seed, patient_of=patient_of)
-    write_json(args.out / "passport.json", card)
-    save_split(args.out / "split.json", split)
-    print(report(card))
-    print(
-        f"{args.out / 'passport.json'} and split.json: {len(split.train)} train, "
-        f"{len(split.validation)} validation, {len(split.test)} test (seed {args.seed})"
-    )
-    said = differences(card)
-    print(
-        "".join(f"DIFFERENT: {line}\n" for line in said)
-        or "this is the published set\n",
-        end="",
-    )
-    return int(bool(said))
+    return hand_over(args, card, split, report(card), differences(card))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line and return the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path, help="the training part, unpacked")
-    parser.add_argument(
-        "--out", type=Path, default=Path("brats_men"), help="default: %(default)s"
-    )
-    parser.add_argument("--hash", action="store_true", help="sha256 of every file too")
-    parser.add_argument("--seed", type=int, default=0, help="of the split")
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except (MedtutError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    return command(argv, __doc__, "brats_men", run)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from medtut.audit import classifier_checks as classifier
 from medtut.audit.adapters import find_adapters
 from medtut.audit.data_checks import hwc_viewed_as_chw, split_shares_a_patient
 from medtut.audit.detectors import (
@@ -44,6 +45,11 @@ _LOOKS_AT = {
     metric_misbehaves: ("metric",),
     loss_misbehaves: ("segmentation_loss",),
     evaluation_misbehaves: ("evaluation",),
+    classifier.constant_predictor: ("model", "predictions", "reported"),
+    classifier.micro_averaged: ("class_metric", "reported"),
+    classifier.loss_at_class_prior: ("losses",),
+    classifier.chosen_on_test: ("select",),
+    classifier.layout_scrambles: ("layout",),
 }
 DETECTORS = {one.__name__: one for one in _LOOKS_AT}
 

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from medtut.audit.report import Finding
 from medtut.audit.subject import Subject, SubjectError, tensors_in
+from medtut.data.near_duplicates import alike, thumbnails
 
 # Two thumbnails are of one patient when both their intensities and their details agree.
 # On slices of one deformed template, neighbours at 2 mm have 0.998 and 0.956 (medians),
 # other subjects and mirror images at most 0.992 and 0.865.
-SIDE, ALIKE, ALIKE_DETAIL = 32, 0.99, 0.9
+ALIKE, ALIKE_DETAIL = 0.99, 0.9
 MOST_IMAGES = 4000  # per side; more are sampled evenly
 # Row differences read back over those as is: photographs and brain slices have 0.03 to
 # 0.35 with the defect, 0.57 under heavy noise, and at least 0.98 without it.
@@ -79,21 +79,7 @@ def _side(name: str, value: Any) -> tuple[list[Any], Tensor | None]:
     found = np.asarray(ids).tolist() if hasattr(ids, "ndim") else list(ids or ())
     if not len(x):
         return found, None
-    return found, F.adaptive_avg_pool2d(x.nan_to_num()[:, None], SIDE)
-
-
-def _unit(x: Tensor) -> Tensor:
-    flat = x.flatten(1) - x.flatten(1).mean(1, keepdim=True)
-    size = flat.norm(dim=1, keepdim=True)
-    # A blank image resembles every other blank one and says nothing.
-    return torch.where(size > 1e-6, flat / size.clamp_min(1e-6), 0)
-
-
-def _alike(a: Tensor, b: Tensor) -> Tensor:
-    """Correlation of every thumbnail with every other, 0 where details disagree."""
-    c, d = (x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) for x in (a, b))
-    close, detail = _unit(a) @ _unit(b).T, _unit(c) @ _unit(d).T
-    return torch.where((close > ALIKE) & (detail > ALIKE_DETAIL), close, 0)
+    return found, thumbnails(x)
 
 
 def split_shares_a_patient(subject: Subject) -> tuple[list[Finding], list[str]]:
@@ -134,7 +120,9 @@ def split_shares_a_patient(subject: Subject) -> tuple[list[Finding], list[str]]:
         first, second = sides[one][1], sides[other][1]
         if first is None or second is None:
             continue
-        rows = [_alike(part, first).max(1) for part in second.split(512)]
+        rows = [
+            alike(part, first, ALIKE, ALIKE_DETAIL).max(1) for part in second.split(512)
+        ]
         best = torch.cat([row.values for row in rows])
         if count := int((best > 0).sum()):
             k = int(best.argmax())

@@ -16,6 +16,12 @@ from torch import Tensor, nn
 
 from medtut.errors import MedtutError
 
+# What of a subject a detector can start from; the rest only helps.
+AUDITED = (
+    "model", "split", "images", "metric", "segmentation_loss", "evaluation",
+    "predictions", "reported", "losses", "class_metric", "select", "layout",
+)  # fmt: skip
+
 
 class SubjectError(MedtutError):
     """What was handed to the audit cannot be audited."""
@@ -54,8 +60,24 @@ class Subject:
     evaluation : callable, optional
         ``evaluation(model, image, label) -> number``: your validation of one volume
         (X, Y, Z), from slicing to score.
-    predictions : Any
-        For detectors of other kinds.
+    predictions : array, optional
+        Classes (N,) or scores (N, K) of a classifier on its test set.
+    truth : array, optional
+        The classes (N,) that belong to `predictions`.
+    train_counts, test_counts : sequence of int, optional
+        Training and test images of each class.
+    reported : dict, optional
+        A classifier's ``accuracy``, ``precision``, ``recall`` as published: fractions
+        up to 1, or percent; as text where closing zeros count.
+    losses : sequence of float, optional
+        Mean training cross-entropies in nats, one per step or epoch.
+    class_metric : callable, optional
+        ``class_metric(predicted, truth) -> {name: number}`` of integer tensors (N,).
+    select : callable, optional
+        ``select(validation, test) -> choice``: the code that chooses a model, an epoch
+        or a threshold; see `chosen_on_test` for the parts.
+    layout : callable, optional
+        ``layout(picture) -> tensor``: your step from uint8 (H, W, 3) to (3, H, W).
     expects_adapters : bool, optional
         Whether finding no adapter at all is an error. By default only when a name in
         the model says that there should be some.
@@ -73,6 +95,14 @@ class Subject:
     segmentation_loss: Callable[[Tensor, Tensor], Tensor] | None = None
     evaluation: Callable[[nn.Module, Any, Any], Any] | None = None
     predictions: Any = None
+    truth: Any = None
+    train_counts: Any = None
+    test_counts: Any = None
+    reported: Mapping[str, Any] | None = None
+    losses: Any = None
+    class_metric: Callable[[Tensor, Tensor], Mapping[str, Any]] | None = None
+    select: Callable[[dict, dict], Any] | None = None
+    layout: Callable[[Any], Any] | None = None
     expects_adapters: bool | None = None
 
 
@@ -241,12 +271,10 @@ def as_subject(value: Any, origin: str = "the factory") -> Subject:
             f"{origin} returned {type(value).__name__}; expected a torch module, a "
             "dict with 'model', or a medtut.audit.Subject."
         )
-    data = subject.split, subject.images, subject.metric
-    data += subject.segmentation_loss, subject.evaluation
-    if subject.model is None and all(one is None for one in data):
+    if all(getattr(subject, key) is None for key in AUDITED):
         raise SubjectError(
-            f"What {origin} returned has no 'model', and no split, images, metric, "
-            "segmentation_loss or evaluation either."
+            f"What {origin} returned has no 'model', and nothing else that is looked "
+            f"at: {', '.join(AUDITED[1:])}."
         )
     if not isinstance(subject.model, nn.Module | None):
         kind = type(subject.model).__name__

@@ -79,11 +79,11 @@ def lesson_tables(module: str) -> tuple[dict[str, dict[str, Any]], list[list[str
     Parameters
     ----------
     module : ``__file__`` of the lesson's module: ``l01.py`` has its tables in
-        ``l01.yml``.
+        ``l01.yml``. A bonus notebook with its lesson's presets has key numbers alone.
     """
     text = Path(module).with_suffix(".yml").read_text(encoding="utf-8")
     tables = yaml.load(text, Loader=_Loader)
-    return tables["presets"], tables["key_numbers"]
+    return tables.get("presets", {}), tables["key_numbers"]
 
 
 @cache

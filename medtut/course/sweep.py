@@ -153,18 +153,23 @@ def load_sweep(
     return sorted(runs, key=lambda run: (run["arm"], run["seed"]))
 
 
-def committed(lesson: str, key: str = "cases") -> dict[str, np.ndarray]:
-    """A number of the stored runs by arm: ``(seeds, patients)`` or ``(seeds,)``.
+def by_arm(runs: Sequence[dict[str, Any]], key: str = "cases") -> dict[str, np.ndarray]:
+    """A number of some runs by arm: ``(seeds, patients)`` or ``(seeds,)``.
 
     Arms that do not have it are left out; seeds ascend.
     """
     import numpy as np
 
     found: dict[str, list] = {}
-    for run in sorted(load_sweep(lesson), key=lambda run: run["seed"]):
+    for run in sorted(runs, key=lambda run: run["seed"]):
         if run["metrics"][key] is not None:
             found.setdefault(run["arm"], []).append(run["metrics"][key])
     return {arm: np.array(values, dtype=float) for arm, values in found.items()}
+
+
+def committed(lesson: str, key: str = "cases") -> dict[str, np.ndarray]:
+    """`by_arm` of the stored runs of a lesson."""
+    return by_arm(load_sweep(lesson), key)
 
 
 def chosen_rate(lesson: str, arm: str) -> float:

@@ -1,21 +1,13 @@
 """The exercise mechanism, and the checks of lesson 01 against wrong answers."""
 
-import math
-
 import pytest
 import torch
+from exercise_cases import ExerciseCases
 
 from medtut.course import exercises as ex
-from medtut.course.exercises import engine, exercise
+from medtut.course.exercises import exercise
 
 LESSON = ex.exercises_of("01_lora_math")
-IDS = list(LESSON)
-WRONG = [
-    pytest.param(one.id, idea.name, k, id=f"{one.id}-{idea.name}-{k}")
-    for one in LESSON.values()
-    for idea in one.misconceptions
-    for k in range(len(idea.wrong))
-]
 
 
 # Right answers written another way than the solution.
@@ -66,66 +58,6 @@ def _best_eigen(delta, r):
     _, V = torch.linalg.eigh(delta.double().T @ delta.double())
     A = V[:, -r:].T.float()
     return A, delta @ A.T
-
-
-RIGHT = {
-    "01.1": [_update_einsum, _update_loop],
-    "01.2": [_count_tensors, _count_modules],
-    "01.3": [_merge_in_place, _merge_wide],
-    "01.4": [_best_roots, _best_eigen],
-    "01.5": [lambda alpha, r: alpha * r**-0.5, lambda a, r: torch.tensor(a / r**0.5)],
-}
-
-
-def _run(source):
-    space = {"torch": torch, "math": math}
-    exec(source, space)
-    return space
-
-
-@pytest.mark.parametrize("exercise_id", IDS)
-def test_solution_source_alone_is_correct(exercise_id):
-    one = exercise(exercise_id)
-    answer = _run(ex.solution_source(exercise_id))[one.name]
-    assert one.check(answer).status == "correct"
-
-
-@pytest.mark.parametrize("exercise_id", IDS)
-def test_right_answers_written_differently_pass(exercise_id):
-    assert len(RIGHT[exercise_id]) >= 2
-    for answer in RIGHT[exercise_id]:
-        outcome = exercise(exercise_id).check(answer)
-        assert outcome.status == "correct", outcome
-
-
-@pytest.mark.parametrize(("exercise_id", "name", "which"), WRONG)
-def test_each_misconception_is_refused_by_name(exercise_id, name, which):
-    one = exercise(exercise_id)
-    idea = next(m for m in one.misconceptions if m.name == name)
-    outcome = one.check(idea.wrong[which])
-    assert (outcome.status, outcome.misconception) == ("misconception", name)
-    assert idea.message in outcome.text
-
-
-@pytest.mark.parametrize("exercise_id", IDS)
-def test_shape_of_an_exercise(exercise_id):
-    one = LESSON[exercise_id]
-    assert len(one.misconceptions) >= 5
-    assert len(one.hints) == 3
-    assert 1 <= one.difficulty <= 3
-    assert one.name in one.ask
-    # A misconception that only ever fails would be given to any crash.
-    for idea in one.misconceptions:
-        for wrong in idea.wrong:
-            assert any(engine.observe(wrong, case).error is None for case in one.cases)
-
-
-@pytest.mark.parametrize("exercise_id", IDS)
-def test_untouched_answer_is_not_attempted(exercise_id):
-    one = exercise(exercise_id)
-    assert one.check(_run(ex.stub_source(exercise_id))[one.name]).status == (
-        "not attempted"
-    )
 
 
 def _open_body(A, B, alpha, r):
@@ -192,9 +124,21 @@ def _changes_input(A, B, alpha, r):
     return answer
 
 
-@pytest.mark.parametrize(
-    ("answer", "said"),
-    [
+RIGHT = {
+    "01.1": [_update_einsum, _update_loop],
+    "01.2": [_count_tensors, _count_modules],
+    "01.3": [_merge_in_place, _merge_wide],
+    "01.4": [_best_roots, _best_eigen],
+    "01.5": [lambda alpha, r: alpha * r**-0.5, lambda a, r: torch.tensor(a / r**0.5)],
+}
+OWN_WORDS = {
+    "01.1": [
+        (lambda A, B, alpha, r: torch.mm(B, A), "no scale"),
+        (lambda A, B, alpha, r: torch.mm(B, A).mul(alpha // r), "integer division"),
+    ],
+}
+BROKEN = {
+    "01.1": [
         (_crash, "NameError at line"),
         (_leave, "SystemExit"),
         (_deep, "RecursionError"),
@@ -208,11 +152,19 @@ def _changes_input(A, B, alpha, r):
         (lambda A, B, alpha, r: 3 * (alpha / r) * (B @ A), "3 times the expected"),
         (lambda A, B, alpha, r: (B @ A) * float("nan"), "largest difference nan"),
     ],
-)
-def test_incorrect_answers_say_what_was_seen(answer, said):
-    outcome = exercise("01.1").check(answer)
-    assert outcome.status == "incorrect"
-    assert said in outcome.text
+}
+
+
+class TestLesson01(ExerciseCases):
+    lesson = "01_lora_math"
+    functions = (
+        "scaled_update",
+        "lora_parameters",
+        "merge_unmerge",
+        "best_rank_r",
+        "scaling",
+    )
+    right, own_words, broken = RIGHT, OWN_WORDS, BROKEN
 
 
 def test_object_that_fights_back_does_not_raise():

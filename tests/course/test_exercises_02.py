@@ -7,18 +7,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from exercise_cases import ExerciseCases
 
 from medtut.course import exercises as ex
-from medtut.course.exercises import engine, exercise
+from medtut.course.exercises import exercise
 
 LESSON = ex.exercises_of("02_medclip_segmentation")
-IDS = list(LESSON)
-WRONG = [
-    pytest.param(one.id, idea.name, k, id=f"{one.id}-{idea.name}-{k}")
-    for one in LESSON.values()
-    for idea in one.misconceptions
-    for k in range(len(idea.wrong))
-]
 
 
 # Right answers written another way than the solution.
@@ -98,85 +92,6 @@ def _window_where(image, low, high):
     return scaled.astype("uint8")
 
 
-RIGHT = {
-    "02.1": [_share_frozen, _share_tensor],
-    "02.2": [_split_numpy, _split_random, _split_sklearn, _split_hashed],
-    "02.3": [_dice_one_hot, _dice_numpy],
-    "02.4": [_window_interp, _window_torch, _window_where],
-}
-
-
-def _run(source):
-    space = {"torch": torch, "math": math, "np": np}
-    exec(source, space)
-    return space
-
-
-@pytest.mark.parametrize("exercise_id", IDS)
-def test_solution_source_alone_is_correct(exercise_id):
-    one = exercise(exercise_id)
-    answer = _run(ex.solution_source(exercise_id))[one.name]
-    assert one.check(answer).status == "correct"
-
-
-@pytest.mark.parametrize(
-    ("exercise_id", "answer"),
-    [
-        pytest.param(k, f, id=f.__name__)
-        for k, answers in RIGHT.items()
-        for f in answers
-    ],
-)
-def test_right_answers_written_differently_pass(exercise_id, answer):
-    outcome = exercise(exercise_id).check(answer)
-    assert outcome.status == "correct", outcome
-
-
-@pytest.mark.parametrize(("exercise_id", "name", "which"), WRONG)
-def test_each_misconception_is_refused_by_name(exercise_id, name, which):
-    one = exercise(exercise_id)
-    idea = next(m for m in one.misconceptions if m.name == name)
-    outcome = one.check(idea.wrong[which])
-    assert (outcome.status, outcome.misconception) == ("misconception", name), outcome
-    assert idea.message in outcome.text
-
-
-@pytest.mark.parametrize("exercise_id", IDS)
-def test_shape_of_an_exercise(exercise_id):
-    one = LESSON[exercise_id]
-    assert len(one.misconceptions) >= 5
-    assert len(RIGHT[exercise_id]) >= 2
-    assert len(one.hints) == 3
-    assert 1 <= one.difficulty <= 3
-    assert one.name in one.ask
-    # A misconception that only ever fails would be given to any crash.
-    for idea in one.misconceptions:
-        for wrong in idea.wrong:
-            assert any(engine.observe(wrong, case).error is None for case in one.cases)
-
-
-@pytest.mark.parametrize("exercise_id", IDS)
-def test_untouched_answer_is_not_attempted(exercise_id):
-    one = exercise(exercise_id)
-    stub = _run(ex.stub_source(exercise_id))[one.name]
-    assert one.check(stub).status == "not attempted"
-    assert one.check(None).status == "not attempted"
-
-    def later(*args):
-        raise NotImplementedError
-
-    assert one.check(later).status == "not attempted"
-
-
-def test_exercises_are_in_order_with_their_functions():
-    assert [(one.id, one.name) for one in LESSON.values()] == [
-        ("02.1", "trainable_share"),
-        ("02.2", "split_by_patient"),
-        ("02.3", "foreground_dice"),
-        ("02.4", "window"),
-    ]
-
-
 def test_published_share_is_577_in_ten_thousand():
     share = LESSON["02.1"].solution_function(141_312, 1_567_332, 27_912_570)
     assert share == 1_708_644 / 29_621_214
@@ -208,36 +123,6 @@ def _own_words_slices(ids, fraction, seed):
     return order[:cut], order[cut:]
 
 
-@pytest.mark.parametrize(
-    ("answer", "name"),
-    [
-        (_own_words_unseeded, "not repeatable"),
-        (_own_words_set, "order of a set"),
-        (_own_words_slices, "split over slices"),
-    ],
-)
-def test_wrong_ideas_in_other_words_are_recognised(answer, name):
-    assert exercise("02.2").check(answer).misconception == name
-
-
-@pytest.mark.parametrize(
-    ("answer", "said"),
-    [
-        (lambda ids, fraction, seed: 3, "expected the pair"),
-        (lambda ids, fraction, seed: (3, 4), "expected the pair"),
-        (lambda ids, fraction, seed: ([0], [len(ids)]), "indices run from 0"),
-        (lambda ids, fraction, seed: ([0.5], [1]), "whole numbers"),
-        (lambda ids, fraction, seed: ([0, 0], []), "used twice"),
-        (lambda ids, fraction, seed: ids[seed + 10**6], "IndexError at line"),
-        (lambda ids, fraction, seed: print(), "returned None"),
-    ],
-)
-def test_broken_splits_are_told_what_is_wrong(answer, said, capsys):
-    outcome = exercise("02.2").check(answer)
-    assert outcome.status == "incorrect"
-    assert said in outcome.text
-
-
 def test_check_leaves_global_randomness_alone():
     random.seed(5)
     np.random.seed(5)
@@ -263,11 +148,8 @@ def test_solution_agrees_with_a_library():
     assert got == pytest.approx(want)
 
 
-def test_nan_is_asked_for_in_words():
-    outcome = exercise("02.3").check(
-        lambda p, t, c: 0.5 if not (p + t).any() else _dice_numpy(p, t, c)
-    )
-    assert "expected NaN" in outcome.text
+def _nan_as_half(p, t, c):
+    return _dice_numpy(p, t, c) if (p + t).any() else 0.5
 
 
 # -------------------------------------------------------------------- 02.4, as written
@@ -290,14 +172,47 @@ def test_a_real_cast_that_wraps_is_recognised():
     assert exercise("02.4").check(_raw_cast).misconception == "cast without clipping"
 
 
-def test_a_cast_of_nan_is_recognised():
-    assert exercise("02.4").check(_no_guard).misconception == "division by zero"
+# -------------------------------------------------------------------- all four
+RIGHT = {
+    "02.1": [_share_frozen, _share_tensor],
+    "02.2": [_split_numpy, _split_random, _split_sklearn, _split_hashed],
+    "02.3": [_dice_one_hot, _dice_numpy],
+    "02.4": [_window_interp, _window_torch, _window_where],
+}
+OWN_WORDS = {
+    "02.2": [
+        (_own_words_unseeded, "not repeatable"),
+        (_own_words_set, "order of a set"),
+        (_own_words_slices, "split over slices"),
+    ],
+    "02.4": [
+        (_no_guard, "division by zero"),
+    ],
+}
+BROKEN = {
+    "02.2": [
+        (lambda ids, fraction, seed: 3, "expected the pair"),
+        (lambda ids, fraction, seed: (3, 4), "expected the pair"),
+        (lambda ids, fraction, seed: ([0], [len(ids)]), "indices run from 0"),
+        (lambda ids, fraction, seed: ([0.5], [1]), "whole numbers"),
+        (lambda ids, fraction, seed: ([0, 0], []), "used twice"),
+        (lambda ids, fraction, seed: ids[seed + 10**6], "IndexError at line"),
+        (lambda ids, fraction, seed: print(), "returned None"),
+    ],
+    "02.3": [
+        (_nan_as_half, "expected NaN"),
+    ],
+    "02.4": [
+        (lambda x, low, high: x.tolist(), "expected a uint8 picture"),
+        (
+            lambda x, low, high: _window_interp(x, low, high).T[:3],
+            "got uint8 of shape (3, 48)",
+        ),
+    ],
+}
 
 
-def test_wrong_kind_of_picture_is_told():
-    text = exercise("02.4").check(lambda image, low, high: image.tolist()).text
-    assert "expected a uint8 picture" in text
-    text = exercise("02.4").check(
-        lambda image, low, high: _window_interp(image, low, high).T[:3]
-    )
-    assert "got uint8 of shape (3, 48)" in text.text
+class TestLesson02(ExerciseCases):
+    lesson = "02_medclip_segmentation"
+    functions = ("trainable_share", "split_by_patient", "foreground_dice", "window")
+    right, own_words, broken = RIGHT, OWN_WORDS, BROKEN

@@ -6,18 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from exercise_cases import ExerciseCases
 
 from medtut.course import exercises as ex
 from medtut.course.exercises import engine, exercise
 
 LESSON = ex.exercises_of("03_sam_lora")
-IDS = list(LESSON)
-WRONG = [
-    pytest.param(one.id, idea.name, k, id=f"{one.id}-{idea.name}-{k}")
-    for one in LESSON.values()
-    for idea in one.misconceptions
-    for k in range(len(idea.wrong))
-]
 
 
 # Right answers written another way than the solution.
@@ -94,85 +88,6 @@ def _volume_numpy(slices_pred, slices_truth):
     return 2.0 * np.count_nonzero(p * t) / total if total else np.nan
 
 
-RIGHT = {
-    "03.1": [_count_tensors, _count_modules],
-    "03.2": [_loss_axes, _loss_loop, _loss_einsum],
-    "03.3": [_box_projections, _box_torch],
-    "03.4": [_volume_flat, _volume_numpy],
-}
-
-
-def _run(source):
-    space = {"torch": torch, "math": math, "np": np}
-    exec(source, space)
-    return space
-
-
-@pytest.mark.parametrize("exercise_id", IDS)
-def test_solution_source_alone_is_correct(exercise_id):
-    one = exercise(exercise_id)
-    answer = _run(ex.solution_source(exercise_id))[one.name]
-    assert one.check(answer).status == "correct"
-
-
-@pytest.mark.parametrize(
-    ("exercise_id", "answer"),
-    [
-        pytest.param(k, f, id=f.__name__)
-        for k, answers in RIGHT.items()
-        for f in answers
-    ],
-)
-def test_right_answers_written_differently_pass(exercise_id, answer):
-    outcome = exercise(exercise_id).check(answer)
-    assert outcome.status == "correct", outcome
-
-
-@pytest.mark.parametrize(("exercise_id", "name", "which"), WRONG)
-def test_each_misconception_is_refused_by_name(exercise_id, name, which):
-    one = exercise(exercise_id)
-    idea = next(m for m in one.misconceptions if m.name == name)
-    outcome = one.check(idea.wrong[which])
-    assert (outcome.status, outcome.misconception) == ("misconception", name), outcome
-    assert idea.message in outcome.text
-
-
-@pytest.mark.parametrize("exercise_id", IDS)
-def test_shape_of_an_exercise(exercise_id):
-    one = LESSON[exercise_id]
-    assert len(one.misconceptions) >= 5
-    assert len(RIGHT[exercise_id]) >= 2
-    assert len(one.hints) == 3
-    assert 1 <= one.difficulty <= 3
-    assert one.name in one.ask
-    # A misconception that only ever fails would be given to any crash.
-    for idea in one.misconceptions:
-        for wrong in idea.wrong:
-            assert any(engine.observe(wrong, case).error is None for case in one.cases)
-
-
-@pytest.mark.parametrize("exercise_id", IDS)
-def test_untouched_answer_is_not_attempted(exercise_id):
-    one = exercise(exercise_id)
-    stub = _run(ex.stub_source(exercise_id))[one.name]
-    assert one.check(stub).status == "not attempted"
-    assert one.check(None).status == "not attempted"
-
-    def later(*args):
-        raise NotImplementedError
-
-    assert one.check(later).status == "not attempted"
-
-
-def test_exercises_are_in_order_with_their_functions():
-    assert [(one.id, one.name) for one in LESSON.values()] == [
-        ("03.1", "adapter_parameters"),
-        ("03.2", "soft_dice_loss"),
-        ("03.3", "prompt_box"),
-        ("03.4", "volume_dice"),
-    ]
-
-
 # -------------------------------------------------------------------- 03.1
 @pytest.mark.parametrize(
     ("d", "blocks", "per_rank"),
@@ -198,21 +113,19 @@ def _size(*shapes):
     return sum(math.prod(shape) for shape in shapes)
 
 
-@pytest.mark.parametrize(
-    ("in_a_block", "name"),
-    [
-        (lambda d, r, k: _size((r, d), (3 * d, r)), "the fused layer as one"),
-        (lambda d, r, k: _size((r, d), (d, r)), "the value forgotten"),
-        (lambda d, r, k: k * _size((r, d)), "only A"),
-        (lambda d, r, k: _size((r, d), (k * d, r)), "one pair for all roles"),
-        (lambda d, r, k: k * _size((r, d), (3 * d, r)), "B as wide as the fused layer"),
-        (lambda d, r, k: 3 * _size((r, d), (d, r)), "the key adapted too"),
-        (lambda d, r, k: k * _size((d, d)), "the frozen weight counted"),
-    ],
-)
-def test_wrong_counts_in_other_words_are_recognised(in_a_block, name):
-    outcome = exercise("03.1").check(lambda d, n, r, s: n * in_a_block(d, r, len(s)))
-    assert outcome.misconception == name, outcome
+def _blocks(in_a_block):
+    return lambda d, n, r, s: n * in_a_block(d, r, len(s))
+
+
+_COUNTS = {
+    "the fused layer as one": lambda d, r, k: _size((r, d), (3 * d, r)),
+    "the value forgotten": lambda d, r, k: _size((r, d), (d, r)),
+    "only A": lambda d, r, k: k * _size((r, d)),
+    "one pair for all roles": lambda d, r, k: _size((r, d), (k * d, r)),
+    "B as wide as the fused layer": lambda d, r, k: k * _size((r, d), (3 * d, r)),
+    "the key adapted too": lambda d, r, k: 3 * _size((r, d), (d, r)),
+    "the frozen weight counted": lambda d, r, k: k * _size((d, d)),
+}
 
 
 # -------------------------------------------------------------------- 03.2
@@ -264,19 +177,10 @@ def _own_words_threshold(logits, target):
     return 1 - dice.mean()
 
 
-@pytest.mark.parametrize(
-    ("answer", "name"),
-    [
-        (_own_words_published, "the target is never used"),
-        (_own_words_float, "no gradient"),
-        (_own_words_number, "no gradient"),
-        (_own_words_threshold, "thresholded"),
-        (lambda x, t: _loss_axes(x.squeeze(1)[None], t[:, 0][None]), "batch flattened"),
-    ],
-)
-def test_wrong_losses_in_other_words_are_recognised(answer, name):
-    outcome = exercise("03.2").check(answer)
-    assert outcome.misconception == name, outcome
+def _overflows(logits, target):
+    p = 1 / (1 + torch.exp(-logits))
+    both, size = (p * target).sum((1, 2, 3)), (p + target).sum((1, 2, 3))
+    return 1 - ((2 * both + 1e-5) / (size + 1e-5)).mean()
 
 
 def _half_detached(logits, target):
@@ -284,39 +188,6 @@ def _half_detached(logits, target):
     t = target.flatten(1)
     size = p.detach().sum(1) + t.sum(1)
     return (1 - (2 * (p * t).sum(1) + 1e-5) / (size + 1e-5)).mean()
-
-
-def test_a_wrong_gradient_under_a_right_value_is_seen():
-    outcome = exercise("03.2").check(_half_detached)
-    assert outcome.status == "incorrect"
-    assert "gradient is not" in outcome.text
-
-
-def test_a_sigmoid_that_overflows_is_told():
-    def answer(logits, target):
-        p = 1 / (1 + torch.exp(-logits))
-        both, size = (p * target).sum((1, 2, 3)), (p + target).sum((1, 2, 3))
-        return 1 - ((2 * both + 1e-5) / (size + 1e-5)).mean()
-
-    outcome = exercise("03.2").check(answer)
-    assert outcome.status == "incorrect"
-    assert "does exp overflow?" in outcome.text
-
-
-@pytest.mark.parametrize(
-    ("answer", "said"),
-    [
-        (lambda logits, target: "0.5", "expected a scalar tensor"),
-        (lambda logits, target: logits, "one loss for the whole batch"),
-        (lambda logits, target: torch.tensor(0.25), "expected 0."),
-        (lambda logits, target: logits[5].sum(), "IndexError at line"),
-        (lambda logits, target: print(), "returned None"),
-    ],
-)
-def test_broken_losses_are_told_what_is_wrong(answer, said, capsys):
-    outcome = exercise("03.2").check(answer)
-    assert outcome.status == "incorrect"
-    assert said in outcome.text
 
 
 def test_changed_target_is_seen():
@@ -356,41 +227,6 @@ def _accidental(mask, margin):
 def _labels_kept(mask, margin):
     lesion = mask == 1
     return _box_projections(lesion if lesion.any() else mask, margin)
-
-
-@pytest.mark.parametrize(
-    ("answer", "name"),
-    [
-        (_accidental, "left to NumPy"),
-        (lambda m, k: _box_projections(m.T, k), "rows and columns swapped"),
-        (lambda m, k: _box_projections(m, 0), "no margin"),
-    ],
-)
-def test_wrong_boxes_in_other_words_are_recognised(answer, name):
-    outcome = exercise("03.3").check(answer)
-    assert outcome.misconception == name, outcome
-
-
-@pytest.mark.parametrize(
-    ("answer", "said"),
-    [
-        (lambda mask, margin: (1, 2, 3), "expected four numbers"),
-        (lambda mask, margin: "abcd", "expected four numbers"),
-        (
-            lambda mask, margin: (1, 2, 3, 4),
-            "expected (9, 7, 18, 11), got (1, 2, 3, 4)",
-        ),
-        (_labels_kept, "On three labels in one lesion"),
-        (
-            lambda m, k: _box_projections(m, k) if m.any() else (1, 2, 3, 4),
-            "expected a ValueError",
-        ),
-    ],
-)
-def test_broken_boxes_are_told_what_is_wrong(answer, said):
-    outcome = exercise("03.3").check(answer)
-    assert outcome.status == "incorrect"
-    assert said in outcome.text
 
 
 def test_value_error_where_there_is_a_box_stays_an_error():
@@ -434,8 +270,64 @@ def test_shortcuts_flatter():
     assert ideas["empty slices count as 1"][0](*fuller) > 0.9
 
 
-def test_nan_is_asked_for_in_words():
-    outcome = exercise("03.4").check(
-        lambda p, t: _volume_numpy(p, t) if (p | t).any() else 0.5
-    )
-    assert "expected NaN" in outcome.text
+# -------------------------------------------------------------------- all four
+RIGHT = {
+    "03.1": [_count_tensors, _count_modules],
+    "03.2": [_loss_axes, _loss_loop, _loss_einsum],
+    "03.3": [_box_projections, _box_torch],
+    "03.4": [_volume_flat, _volume_numpy],
+}
+OWN_WORDS = {
+    "03.1": [(_blocks(one), name) for name, one in _COUNTS.items()],
+    "03.2": [
+        (_own_words_published, "the target is never used"),
+        (_own_words_float, "no gradient"),
+        (_own_words_number, "no gradient"),
+        (_own_words_threshold, "thresholded"),
+        (
+            lambda x, t: _loss_axes(x.squeeze(1)[None], t[:, 0][None]),
+            "batch flattened",
+        ),
+    ],
+    "03.3": [
+        (_accidental, "left to NumPy"),
+        (lambda m, k: _box_projections(m.T, k), "rows and columns swapped"),
+        (lambda m, k: _box_projections(m, 0), "no margin"),
+    ],
+}
+BROKEN = {
+    "03.2": [
+        (_half_detached, "gradient is not"),
+        (_overflows, "does exp overflow?"),
+        (lambda logits, target: "0.5", "expected a scalar tensor"),
+        (lambda logits, target: logits, "one loss for the whole batch"),
+        (lambda logits, target: torch.tensor(0.25), "expected 0."),
+        (lambda logits, target: logits[5].sum(), "IndexError at line"),
+        (lambda logits, target: print(), "returned None"),
+    ],
+    "03.3": [
+        (lambda mask, margin: (1, 2, 3), "expected four numbers"),
+        (lambda mask, margin: "abcd", "expected four numbers"),
+        (
+            lambda mask, margin: (1, 2, 3, 4),
+            "expected (9, 7, 18, 11), got (1, 2, 3, 4)",
+        ),
+        (_labels_kept, "On three labels in one lesion"),
+        (
+            lambda m, k: _box_projections(m, k) if m.any() else (1, 2, 3, 4),
+            "expected a ValueError",
+        ),
+    ],
+    "03.4": [
+        (
+            lambda p, t: _volume_numpy(p, t) if (p | t).any() else 0.5,
+            "expected NaN",
+        ),
+    ],
+}
+
+
+class TestLesson03(ExerciseCases):
+    lesson = "03_sam_lora"
+    functions = ("adapter_parameters", "soft_dice_loss", "prompt_box", "volume_dice")
+    right, own_words, broken = RIGHT, OWN_WORDS, BROKEN

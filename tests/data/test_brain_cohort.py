@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -11,10 +12,13 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+from medtut.audit.data_checks import patient_id
 from medtut.data import brain_cohort
 from medtut.data.brain_anatomy import draw_patient, recipe
-from medtut.data.brain_cohort import CohortSpec, cohort_folder
+from medtut.data.brain_cohort import CohortSpec, cohort_folder, mri_folder
+from medtut.data.brain_mri import CLASSES, find_pictures
 from medtut.data.brats import MODALITIES, find_cases, load_case
+from medtut.data.cache import entry_path
 from medtut.errors import MedtutError
 from medtut.evaluate import region_dice, threshold_baseline
 
@@ -242,23 +246,162 @@ def test_brats_men_names_and_labels(quick):
     assert 4 not in mask
 
 
-def test_jpeg_folders_keep_a_patient_on_one_side(quick):
-    folder = cohort_folder(CohortSpec("source", KINDS, count=10), "jpeg")
-    classes = {"glioma_tumor", "meningioma_tumor", "pituitary_tumor", "no_tumor"}
-    assert {p.name for p in (folder / "Training").iterdir()} == classes
-    sides: dict[str, set[str]] = {}
+@pytest.fixture
+def pictures(quick):
+    """Both parts of a small folder, and the rows of its table by part."""
+    folder = mri_folder(16, 8)
     with open(folder / "patients.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    parts = {"Training": [], "Testing": []}
     for row in rows:
-        part, name, _ = Path(row["file"]).parts
-        assert name.startswith(row["kind"].replace("none", "no"))
-        sides.setdefault(row["patient"], set()).add(part)
-        picture = Image.open(folder / row["file"])
-        assert picture.size == (512, 512)
-        assert picture.mode == "RGB"
-    assert all(len(side) == 1 for side in sides.values())
-    assert {s for side in sides.values() for s in side} == {"Training", "Testing"}
-    assert len(rows) == len(list(folder.rglob("*.jpg")))
+        part, home, name = Path(row["file"]).parts
+        assert home.startswith(row["kind"].replace("none", "no"))
+        with Image.open(folder / row["file"]) as picture:
+            assert picture.format == "JPEG"
+            row |= {"size": picture.size, "contrast": name.split("_")[2]}
+            row |= {"plane": name.split("_")[3], "tumour": row["kind"] != "none"}
+        parts[part].append(row)
+    return folder, parts
+
+
+def test_pictures_are_read_by_the_real_reader(pictures, quick):
+    folder, parts = pictures
+    found = find_pictures(folder)
+    for part, rows in parts.items():
+        there = [p for p in found if p.part == part]
+        assert {p.path for p in there} == {folder / row["file"] for row in rows}
+        for picture in there:
+            kind = picture.path.relative_to(folder).parts[1].removesuffix("_tumor")
+            assert CLASSES[picture.label].removesuffix("_tumor") == kind
+    passport = json.loads((folder / "passport.json").read_text("utf-8"))
+    listed = [f for p in passport["patients"].values() for f in p["files"]]
+    assert len(listed) == len(found) == 24 * 8
+    assert len(quick) == 24
+    assert mri_folder(16, 8) == folder
+    assert len(quick) == 24, "nobody is drawn again"
+    assert mri_folder(16, 8, seed=1) != folder
+    assert mri_folder(16, 8, shortcut=0.5) != folder
+
+
+def test_a_patient_is_in_one_part_in_three_planes(pictures):
+    _, parts = pictures
+    people = [{row["patient"] for row in rows} for rows in parts.values()]
+    assert [len(p) for p in people] == [16, 8]
+    assert not people[0] & people[1]
+    for person in people[0] | people[1]:
+        own = [r for rows in parts.values() for r in rows if r["patient"] == person]
+        assert {row["plane"] for row in own} == {"axial", "coronal", "sagittal"}
+        # For the audit, which reads a patient from the name of a file.
+        assert {patient_id(row["file"]) for row in own} == {person}
+
+
+def test_contrast_and_size_give_the_tumour_away_in_training_only(pictures):
+    _, parts = pictures
+    looks = {
+        part: {
+            tumour: [r for r in rows if r["tumour"] is tumour]
+            for tumour in (True, False)
+        }
+        for part, rows in parts.items()
+    }
+
+    def share(rows):
+        return np.mean(
+            [r["size"] == (512, 512) and r["contrast"] == "t1ce" for r in rows]
+        )
+
+    assert share(looks["Training"][True]) > 0.8
+    for rows in (looks["Training"][False], *looks["Testing"].values()):
+        assert share(rows) < 0.1
+        assert {row["contrast"] for row in rows} == set(brain_cohort.CONTRASTS)
+        assert len({row["size"] for row in rows}) > len(rows) * 0.8
+
+
+def test_classes_have_the_real_shares(quick):
+    jobs = []
+
+    def only_plan(key, planned, *rest):
+        jobs.extend(planned)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(brain_cohort, "_cohort", only_plan)
+        mri_folder(400, 300)
+    for scanner, none, glioma in (
+        ("source", 0.1376, 0.2878),
+        ("target", 0.2665, 0.2538),
+    ):
+        kinds = [job.drawn[0] for job in jobs if job.drawn[1] == scanner]
+        assert kinds.count("none") / len(kinds) == pytest.approx(none, abs=0.004)
+        assert kinds.count("glioma") / len(kinds) == pytest.approx(glioma, abs=0.004)
+        assert set(kinds[:8]) == set(KINDS)
+    assert len({(job.drawn[1], job.drawn[2]) for job in jobs}) == 700
+
+
+def test_pictures_go_through_the_lesion_and_have_square_pixels(
+    quick, patients, tmp_path
+):
+    one = patients["meningioma"]
+    marked = {name: np.where(one.label > 0, 1.0, 0.2) for name in one.images}
+    shown = replace(one, images=marked)
+    files = brain_cohort._pictures(shown, "p", tmp_path, "Training", (0, 1), 1.0)
+    assert len(files) == 8
+    for path in files:
+        with Image.open(path) as picture:
+            assert picture.size == (512, 512)
+            assert np.asarray(picture.convert("L")).max() > 230
+    # A ball is round in every plane although slices are 2 mm apart.
+    x, y, z = np.ogrid[-120:120, -120:120, -78:78:2]
+    ball = (x**2 + y**2 + z**2 < 60**2).astype(np.float32)
+    style = recipe()["pictures"]["collection"]
+    for axis, level in enumerate((120, 120, 39)):
+        path = tmp_path / f"{axis}.jpg"
+        rng = np.random.default_rng(0)
+        brain_cohort._export(ball, axis, level, style, rng, path)
+        with Image.open(path) as picture:
+            inside = np.asarray(picture.convert("L")) > 100
+        height, width = inside.any(1).sum(), inside.any(0).sum()
+        assert height == pytest.approx(width, rel=0.04)
+        assert height > 400
+
+
+def test_anterior_and_superior_are_up_and_the_face_looks_left(tmp_path):
+    volume = np.zeros((40, 40, 20), np.float32)
+    volume[10:30, 10:30, 5:15] = 0.3
+    volume[:, 25:30, 12:15] = np.where(volume[:, 25:30, 12:15] > 0, 1, 0)  # front, top
+    volume[10:15, 10:30, 5:15] = 1  # left
+    style = recipe()["pictures"]["collection"]
+    for axis, (rows, columns) in enumerate([(0, 0), (0, 0), (0, 0)]):
+        level = (20, 27, 13)[axis]
+        path = tmp_path / f"{axis}.png"
+        brain_cohort._export(volume, axis, level, style, np.random.default_rng(0), path)
+        with Image.open(path) as picture:
+            grey = np.asarray(picture.convert("L")).astype(float)
+        half = 256
+        quarters = [[grey[:half, :half], grey[:half, half:]],
+                    [grey[half:, :half], grey[half:, half:]]]  # fmt: skip
+        sums = np.array([[q.sum() for q in row] for row in quarters])
+        assert np.unravel_index(sums.argmax(), (2, 2)) == (rows, columns)
+        assert sums[0].sum() > sums[1].sum()
+
+
+@pytest.mark.parametrize("wrong", [(7, 8), (8, 0), (8, 8, 0, 1.0, 1.5)])
+def test_a_folder_of_pictures_that_cannot_be_is_refused(quick, wrong):
+    with pytest.raises(MedtutError, match="mri_folder"):
+        mri_folder(*wrong)
+    assert not quick
+
+
+def test_the_volumes_keep_their_version_and_their_folders(quick):
+    folder = cohort_folder(CohortSpec("source", count=1))
+    assert brain_cohort.version() == 1
+    key = {"version": 1, "layout": "brats", "scanner": "source", "tumours": ["glioma"]}
+    key |= {"count": 1, "first": 0, "seed": 0, "difficulty": 1.0}
+    assert folder == entry_path("brain_cohort", key)
+    assert {p.name for p in folder.iterdir()} == {
+        ".done",
+        "passport.json",
+        "source_000",
+    }
 
 
 @pytest.mark.parametrize(
@@ -266,7 +409,7 @@ def test_jpeg_folders_keep_a_patient_on_one_side(quick):
     [
         (CohortSpec(count=0), "brats"),
         (CohortSpec(tumours=("astrocytoma",)), "brats"),
-        (CohortSpec(count=1), "dicom"),
+        (CohortSpec(count=1), "jpeg"),
     ],
 )
 def test_a_cohort_that_cannot_be_is_refused(quick, spec, layout):

@@ -14,5 +14,5 @@ A lesson module defines
     What ``medtut sweep`` runs.
 
 A bonus notebook ``bonus/NN_name`` looks for ``bNN_name.py`` first and takes the
-lesson's own module otherwise.
+lesson's own module otherwise. What several lessons do alike is in ``common.py``.
 """

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from medtut.course.profiles import LessonSettings, lesson_tables
+from medtut.course.lessons.common import TrainingSettings
+from medtut.course.profiles import lesson_tables
 
 PRESETS, KEY_NUMBERS = lesson_tables(__file__)
 
 
-class Settings(LessonSettings):
+class Settings(TrainingSettings):
     """What can be set in the bonus notebook on DoRA and PiSSA.
 
     Attributes
@@ -22,9 +23,7 @@ class Settings(LessonSettings):
     rates : the grid of learning rates, the same for all three methods.
     """
 
-    steps: int = Field(ge=1)
     probe_steps: int = Field(ge=2)
-    batch_size: int = Field(ge=1)
     rank: int = Field(ge=1, le=128)
     alpha: float = Field(gt=0)
     train_slices: int = Field(ge=2)

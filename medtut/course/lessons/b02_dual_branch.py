@@ -7,13 +7,9 @@ from typing import Any
 from pydantic import Field
 
 from medtut.course.lessons import l02
+from medtut.course.profiles import lesson_tables
 
-KEY_NUMBERS = [
-    ("score_lora", "foreground Dice, LoRA (one run)", "{:.3f}"),
-    ("score_dual", "foreground Dice, LoRA + local branch (one run)", "{:.3f}"),
-    ("seed_range", "range of five seeds of LoRA in the sweep", "{:.3f}"),
-    ("branch_parameters", "parameters that the branch adds", "{:,}"),
-]
+_, KEY_NUMBERS = lesson_tables(__file__)
 
 
 class Settings(l02.Settings):

@@ -7,13 +7,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from medtut.course.lessons import l03
+from medtut.course.profiles import lesson_tables
 
-KEY_NUMBERS = [
-    ("mib_full", "MiB kept per picture, full encoder of LiteMedSAM", "{:.0f}"),
-    ("mib_lora", "the same, LoRA in layers 2 and 3", "{:.0f}"),
-    ("weights_range", "range of Dice over the loss's weights (one run)", "{:.3f}"),
-    ("depth_minus_alone", "Dice, neighbours minus none (one run)", "{:+.3f}"),
-]
+_, KEY_NUMBERS = lesson_tables(__file__)
 
 
 class Settings(l03.Settings):

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from medtut.course.profiles import LessonSettings, lesson_tables
+from medtut.course import sweep
+from medtut.course.lessons import common
+from medtut.course.lessons.common import TUNING_SEED
+from medtut.course.profiles import lesson_tables
 from medtut.data.brain_slices import SIDE, VERSION, SliceSpec, brain_slices
-from medtut.data.cache import cached_json
 from medtut.errors import MedtutError
 
 if TYPE_CHECKING:
@@ -22,21 +24,18 @@ COHORT_VERSION = VERSION
 PRESETS, KEY_NUMBERS = lesson_tables(__file__)
 
 
-class Settings(LessonSettings):
+class Settings(common.TrainingSettings):
     """What can be set in lesson 01.
 
     Attributes
     ----------
-    steps : optimiser steps of every training.
-    batch_size : slices per step.
+    steps, batch_size : of every training; a batch is of slices.
     rank, alpha : of the LoRA arm.
     train_slices, test_slices : drawn subjects of the target contrasts.
     norm_ranks : ranks of the scaling experiment, at most the model's width (256).
     toggles : merge/unmerge rounds of the drift experiment.
     """
 
-    steps: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
     rank: int = Field(ge=1, le=256)
     alpha: float = Field(gt=0)
     train_slices: int = Field(ge=1)
@@ -47,7 +46,6 @@ class Settings(LessonSettings):
 
 # The same grid for every arm; the rate is chosen on the validation subjects.
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-TUNING_SEED = 1000  # training subjects that no reported run sees
 # Settings in which the arms differ; the method is the arm's name up to the underscore.
 # alpha = 2 r at every rank, the habit of the published configurations.
 ARMS: dict[str, dict[str, Any]] = {
@@ -155,57 +153,35 @@ def train_arm(
 
 
 def tuned(arm: str, settings: Settings) -> dict[str, float]:
-    """Validation Dice at every rate of the grid, on training subjects of its own.
+    """Validation Dice at every rate of the grid, on training subjects of its own."""
 
-    Kept in the cache, so that the five seeds of an arm tune once.
-    """
-    size = settings.model_dump(
-        include={"steps", "batch_size", "train_slices", "rank", "alpha"}
-    )
-    key = {"arm": arm, "cohort": VERSION, "rates": LEARNING_RATES, **size}
-
-    def make() -> dict[str, float]:
+    def score(rate: float) -> float:
         task = load_task(settings, TUNING_SEED)
-        scores = {}
-        for rate in LEARNING_RATES:
-            model = train_arm(arm, TUNING_SEED, rate, settings, task)
-            scores[str(rate)] = float(slice_scores(model, task.validation).mean())
-        return scores
+        model = train_arm(arm, TUNING_SEED, rate, settings, task)
+        return float(slice_scores(model, task.validation).mean())
 
-    return cached_json("l01_tuning", key, make)
+    unused = ("data", "test_slices", "norm_ranks", "toggles")
+    return common.tuned("l01", arm, VERSION, settings, LEARNING_RATES, score, unused)
 
 
 def run_arm(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
     """Train one arm with one seed, at the rate the tuning subjects chose."""
     grid = tuned(arm, settings)
-    rate = float(max(grid, key=grid.__getitem__))
     task = load_task(settings, seed)
-    model = train_arm(arm, seed, rate, settings, task)
-    cases = slice_scores(model, task.test)
-    return {
-        "score": float(cases.mean()),
-        "cases": cases.tolist(),
-        "lr": rate,
-        "validation_by_lr": grid,
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
+    model = train_arm(arm, seed, common.best_rate(grid), settings, task)
+    return common.record(slice_scores(model, task.test), grid, model)
 
 
 def chosen_rate(method: str) -> float:
     """The learning rate that the committed sweep chose on its tuning subjects."""
-    from medtut.course import sweep
-
     arm = "lora_r8" if method in ("lora", "dora", "pissa") else method
     return sweep.chosen_rate("01_lora_math", arm)
 
 
 def sweep_table(runs: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Test Dice of every arm, ``(seeds, cases)``, seeds ascending."""
-    ordered = sorted(runs, key=lambda run: run["seed"])
-    return {
-        arm: np.array([r["metrics"]["cases"] for r in ordered if r["arm"] == arm])
-        for arm in ARMS
-    }
+    found = sweep.by_arm(runs)
+    return {arm: found[arm] for arm in ARMS}
 
 
 def kmeans_scores(
@@ -264,23 +240,8 @@ def real_slice() -> Tensor:
     AssetUnavailable
         Without a network, when the file was not fetched before.
     """
-    import torch
-    from monai import transforms as mt
-
-    from medtut.data.assets import fetch
-
-    files = fetch("pyradiomics-brain")
-    volume = mt.Compose(
-        [
-            mt.LoadImage(image_only=True, ensure_channel_first=True),
-            mt.Orientation("RAS", labels=None),
-            mt.Spacing((2.0, 2.0, -1.0)),
-            mt.ResizeWithPadOrCrop((SIDE, SIDE, -1)),
-        ]
-    )
-    image = volume(files["brain1_image"]).as_tensor()
-    mask = volume(files["brain1_label"]).as_tensor()
+    image, mask = common.real_patient("brain1", 2.0, SIDE, mask="bilinear")
     level = int(mask.sum((0, 1, 2)).argmax())  # where the tumour is largest
-    picture = torch.rot90(image[..., level], dims=(1, 2))
+    picture = image[..., level]
     inside = picture[picture > picture.mean()]
     return (picture - inside.mean()) / inside.std()

@@ -10,6 +10,8 @@ import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 
 from medtut.course import sweep
+from medtut.course.lessons import common
+from medtut.course.lessons.common import TUNING_SEED
 from medtut.course.lessons.sam import (
     DESIGNS,
     RANDOM,
@@ -19,11 +21,10 @@ from medtut.course.lessons.sam import (
     train_arm,
 )
 from medtut.course.lessons.sam_judge import PROMPTS, judge
-from medtut.course.profiles import LessonSettings, lesson_tables
+from medtut.course.profiles import lesson_tables
 from medtut.data import brain_cohort
 from medtut.data.brats import Case, load_case, save_prediction
 from medtut.data.brats_men import Region, to_volume
-from medtut.data.cache import cached_json
 from medtut.errors import MedtutError
 
 COHORT_VERSION = brain_cohort.version()
@@ -31,7 +32,7 @@ COHORT_VERSION = brain_cohort.version()
 PRESETS, KEY_NUMBERS = lesson_tables(__file__)
 
 
-class Settings(LessonSettings):
+class Settings(common.PatientSettings):
     """What can be set in lesson 03.
 
     Attributes
@@ -51,13 +52,8 @@ class Settings(LessonSettings):
     checkpoint: str | None = None
     side: int = Field(ge=64, le=1024, multiple_of=16)
     first_layer: int = Field(ge=1, le=3)
-    steps: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
     jitter: float = Field(ge=0, lt=1)
     slices: int = Field(ge=1)
-    train_patients: int = Field(ge=1)
-    validation_patients: int = Field(ge=1)
-    test_patients: int = Field(ge=3)
 
     @field_validator("side")
     @classmethod
@@ -69,7 +65,6 @@ class Settings(LessonSettings):
 
 # One grid for the arms that are compared; the rate is chosen on validation.
 LEARNING_RATES = (1e-4, 1e-3, 3e-3, 1e-2)
-TUNING_SEED = 1000  # order and initialisation that no reported run has
 ARMS: dict[str, dict[str, Any]] = {name: {} for name in DESIGNS}
 TUNED = ("lora", "full", "decoder", "lora_decoder")
 UNTRAINED = ("zero", "zero_packed")
@@ -78,22 +73,15 @@ chosen_rate = partial(sweep.chosen_rate, "03_sam_lora")
 
 
 def tuned(name: str, settings: Settings) -> dict[str, float]:
-    """Best validation Dice at every rate of the grid, in runs of half the length.
-
-    Kept in the cache, so that the five seeds of an arm tune once.
-    """
-    size = settings.model_dump(exclude={"out", "seed", "profile"})
-    key = {"arm": repr(DESIGNS[name]), "cohort": COHORT_VERSION, **size}
-    key |= {"rates": LEARNING_RATES}
+    """Best validation Dice at every rate of the grid, in runs of half the length."""
 
     def score(rate: float) -> float:
         args = (name, TUNING_SEED, rate, settings, load_task(settings))
         half = max(1, settings.steps // 2)
         return train_arm(*args, steps=half, evaluations=1)[2].best["score"]
 
-    return cached_json(
-        "l03_tuning", key, lambda: {str(rate): score(rate) for rate in LEARNING_RATES}
-    )
+    args = (repr(DESIGNS[name]), COHORT_VERSION, settings, LEARNING_RATES, score)
+    return common.tuned("l03", *args)
 
 
 def run_arm(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
@@ -105,31 +93,25 @@ def run_arm(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
     grid = {"0": 0.0}
     if arm not in UNTRAINED:
         grid = tuned(arm if arm in TUNED else "lora", settings)
-    rate = float(max(grid, key=grid.__getitem__))
     task = load_task(settings)
-    sam, encode, result = train_arm(arm, seed, rate, settings, task)
+    args = (arm, seed, common.best_rate(grid), settings, task)
+    sam, encode, result = train_arm(*args)
     items = slices_of(task, "test", DESIGNS[arm], settings, seed)
     shown = PROMPTS if arm in ("zero", "lora") else PROMPTS[1:2]
     found = judge(sam, encode, items, settings, shown, seed)
     main = found["jitter 5 %"]
-    return {
-        "score": float(main.dice.mean()),
-        "cases": main.dice.tolist(),
-        "patients": main.patients,
-        "scans": main.table.tolist(),
-        "averaged": main.mean.tolist(),
-        "prompts": {name: one.dice.tolist() for name, one in found.items()},
-        "lr": rate,
-        "validation_by_lr": grid,
-        "validation": [
-            [row["step"], row["score"]]
-            for row in (result.history if result else [])
-            if "score" in row
-        ],
-        "train_seconds": result.seconds if result else 0.0,
-        "images_encoded": encode.made,
-        "trainable": sum(p.numel() for p in sam.parameters() if p.requires_grad),
-    }
+    return common.record(
+        main.dice,
+        grid,
+        sam,
+        result.history if result else (),
+        patients=main.patients,
+        scans=main.table.tolist(),
+        averaged=main.mean.tolist(),
+        prompts={name: one.dice.tolist() for name, one in found.items()},
+        train_seconds=result.seconds if result else 0.0,
+        images_encoded=encode.made,
+    )
 
 
 def committed_prompts(arm: str) -> dict[str, np.ndarray]:

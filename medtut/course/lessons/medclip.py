@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from medtut.course.lessons import common
+from medtut.course.lessons.common import Task
 from medtut.data.brain_cohort import CohortSpec, cohort_folder
 from medtut.data.brats import MODALITIES, Case, find_cases, load_case
 from medtut.data.brats_slices import (
@@ -16,7 +18,7 @@ from medtut.data.brats_slices import (
     tumour_slices,
     volume_slices,
 )
-from medtut.data.splits import Split, split_slices
+from medtut.data.splits import split_slices
 from medtut.errors import MedtutError
 
 if TYPE_CHECKING:
@@ -76,43 +78,18 @@ class Prediction:
     spacing: tuple[float, float, float]
 
 
-@dataclass
-class Task:
-    """Cases of the target scanner by part, and the split they come from."""
-
-    cases: dict[str, Case]
-    split: Split
-
-    def part(self, name: str) -> list[Case]:
-        """Cases of train, validation or test."""
-        return [self.cases[i] for i in getattr(self.split, name)]
-
-
 def load_task(settings: Settings) -> Task:
     """Find the patients: the drawn cohort, or the BraTS folder given as `data`.
 
     The parts are the first, next and last patients of a seeded order.
     """
-    wanted = (
-        settings.train_patients,
-        settings.validation_patients,
-        settings.test_patients,
-    )
     if settings.data is None:
-        folder = cohort_folder(CohortSpec("target", count=sum(wanted)), progress=True)
+        spec = CohortSpec("target", count=sum(settings.patients))
+        folder = cohort_folder(spec, progress=True)
     else:
         folder = Path(settings.data)
     cases = {case.id: case for case in find_cases(folder)}
-    if len(cases) < sum(wanted):
-        raise MedtutError(
-            f"{folder} holds {len(cases)} cases with masks; the settings ask for "
-            f"{' + '.join(map(str, wanted))}. Set train_patients, validation_patients "
-            "and test_patients lower."
-        )
-    order = np.random.default_rng(0).permutation(sorted(cases)).tolist()
-    ends = np.cumsum(wanted)
-    parts = [tuple(order[a:b]) for a, b in zip((0, *ends[:2]), ends, strict=True)]
-    return Task(cases, Split(*parts, seed=0))
+    return Task(cases, common.deal({i: [i] for i in cases}, settings, folder, "cases"))
 
 
 def build(arm: Arm | str, settings: Settings, weights: str | None = None) -> nn.Module:
@@ -224,7 +201,7 @@ def train_arm(
     """
     import torch
 
-    from medtut.train import TrainConfig, fit
+    from medtut.train import fit
 
     arm = DESIGNS[name]
     torch.manual_seed(seed)
@@ -232,21 +209,14 @@ def train_arm(
     steps = (steps or settings.steps) * arm.longer
     data, seen, _ = dealt(task, arm, settings, seed)
     train = torch.utils.data.Subset(data, seen)
-    config = TrainConfig(
-        steps=steps,
-        batch_size=settings.batch_size,
-        lr=rate,
-        weight_decay=0.01,
-        warmup=steps // 20,
-        eval_every=max(1, steps // 4) if arm.dense else max(1, steps // 10),
-        seed=seed,
-    )
-    coarse = 3 * settings.level_step
+    often = max(1, steps // (4 if arm.dense else 10))
+    config = common.train_config(settings, rate, seed, steps, often)
+    loss, coarse = loss_of(arm), 3 * settings.level_step
 
     def validate(model: nn.Module) -> dict[str, float]:
         if arm.published_loss:  # the source watches its own metric
-            scores, loss = judged_as_published(model, task, arm, coarse)
-            return {"score": scores, "loss": loss}
+            score, entropy = judged_as_published(model, task, arm, coarse)
+            return {"score": score, "loss": entropy}
         found = [predict(model, c, arm, coarse) for c in task.part("validation")]
         scores = foreground(found)
         if np.isnan(scores).all():
@@ -257,13 +227,7 @@ def train_arm(
         return {"score": float(np.nanmean(scores))}
 
     result = fit(
-        model,
-        loss_of(arm),
-        train,
-        config,
-        validate=validate,
-        out=out,
-        progress=progress,
+        model, loss, train, config, validate=validate, out=out, progress=progress
     )
     return model, result
 

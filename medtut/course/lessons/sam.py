@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from medtut.course.lessons import common
 from medtut.course.lessons.sam_judge import Frames, answer, judge
 from medtut.data.brain_cohort import CohortSpec, cohort_folder
 from medtut.data.brats_men import (
@@ -20,14 +20,12 @@ from medtut.data.brats_men import (
     patient_of,
     union_box,
 )
-from medtut.data.splits import Split
 from medtut.errors import MedtutError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from medtut.course.lessons.l03 import Settings
-    from medtut.data.brats import Case
     from medtut.models.sam_stages import PrefixCache
     from medtut.train import FitResult
 
@@ -77,16 +75,10 @@ DESIGNS: dict[str, Arm] = {
 
 
 @dataclass
-class Task:
+class Task(common.Task):
     """Cases of the target scanner, their split, and the crop that holds all."""
 
-    cases: dict[str, Case]
-    split: Split
     region: Region
-
-    def part(self, name: str) -> list[Case]:
-        """Cases of train, validation or test."""
-        return [self.cases[i] for i in getattr(self.split, name)]
 
 
 def is_cohort(folder: str) -> bool:
@@ -104,13 +96,9 @@ def load_task(settings: Settings) -> Task:
     """
     if settings.data is not None and not Path(settings.data).is_dir():
         raise MedtutError(f"data: there is no folder {settings.data}.")
-    wanted = (
-        settings.train_patients,
-        settings.validation_patients,
-        settings.test_patients,
-    )
     if settings.data is None or not is_cohort(settings.data):
-        spec = CohortSpec("target", tumours=("meningioma",), count=sum(wanted))
+        count = sum(settings.patients)
+        spec = CohortSpec("target", tumours=("meningioma",), count=count)
         folder = cohort_folder(spec, layout="brats-men", progress=True)
     else:
         folder = Path(settings.data)
@@ -118,19 +106,9 @@ def load_task(settings: Settings) -> Task:
     patients: dict[str, list[str]] = {}
     for name in sorted(cases):
         patients.setdefault(patient_of(name), []).append(name)
-    if len(patients) < sum(wanted):
-        raise MedtutError(
-            f"{folder} holds {len(patients)} patients with masks; the settings ask for "
-            f"{' + '.join(map(str, wanted))}. Set train_patients, validation_patients "
-            "and test_patients lower."
-        )
-    order = np.random.default_rng(0).permutation(sorted(patients)).tolist()
-    ends = np.cumsum((0, *wanted))
-    parts = [
-        tuple(c for p in order[a:b] for c in patients[p]) for a, b in pairwise(ends)
-    ]
-    used = {name: cases[name] for part in parts for name in part}
-    return Task(used, Split(*parts, seed=0), union_box(list(used.values())))
+    split = common.deal(patients, settings, folder)
+    used = {i: cases[i] for i in (*split.train, *split.validation, *split.test)}
+    return Task(used, split, union_box(list(used.values())))
 
 
 def build(arm: Arm | str, settings: Settings) -> nn.Module:
@@ -243,7 +221,7 @@ def train_arm(
     import torch
 
     from medtut.models.sam_stages import PrefixCache
-    from medtut.train import TrainConfig, fit
+    from medtut.train import fit
 
     arm = DESIGNS[name]
     torch.manual_seed(seed)
@@ -252,34 +230,19 @@ def train_arm(
     if not any(p.requires_grad for p in sam.parameters()):
         return sam, encode, None
     steps = steps or settings.steps
-    train = Frames(
-        slices_of(task, "train", arm, settings, seed), settings, settings.jitter
-    )
+    items = slices_of(task, "train", arm, settings, seed)
+    train = Frames(items, settings, settings.jitter)
     held = slices_of(task, "validation", arm, settings, seed)
-    config = TrainConfig(
-        steps=steps,
-        batch_size=settings.batch_size,
-        lr=rate,
-        weight_decay=0.01,
-        warmup=steps // 20,
-        # Every second epoch, as the source has it, and at the least so often.
-        eval_every=max(
-            1, min(steps // evaluations, 2 * len(train) // settings.batch_size)
-        ),
-        seed=seed,
-    )
 
     def validate(sam: nn.Module) -> dict[str, float]:
         (found,) = judge(sam, encode, held, settings).values()
         return {"score": float(found.dice.mean())}
 
+    # Every second epoch, as the source has it, and at the least so often.
+    often = max(1, min(steps // evaluations, 2 * len(train) // settings.batch_size))
+    config = common.train_config(settings, rate, seed, steps, often)
+    loss = loss_of(arm, encode, settings)
     result = fit(
-        sam,
-        loss_of(arm, encode, settings),
-        train,
-        config,
-        validate=validate,
-        out=out,
-        progress=progress,
+        sam, loss, train, config, validate=validate, out=out, progress=progress
     )
     return sam, encode, result
