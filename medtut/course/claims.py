@@ -124,8 +124,8 @@ class Claim(_Strict):
     testable : bool
         False when nothing here can decide; then `reason` says why.
     reason : str, optional
-        Also for a claim that only "full" decides, on something that not every full run
-        has, such as other weights: "not testable here" until the metrics are there.
+        Also for a claim about something that not every run has, such as other weights
+        or data of your own: "not testable here" until the metrics are there.
     """
 
     id: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
@@ -146,9 +146,10 @@ class Claim(_Strict):
     def _whole(self) -> Claim:
         if self.testable and not (self.rules and self.scale_required):
             raise ValueError("a testable claim needs rules and scale_required")
-        if self.testable and self.reason and self.scale_required != ("full",):
+        if self.testable and self.reason and "smoke" in self.scale_required:
             raise ValueError(
-                "reason belongs to a claim with testable: false, or that needs full"
+                "reason belongs to a claim with testable: false, or that needs more "
+                "than smoke"
             )
         if not self.testable and (self.rules or self.scale_required):
             raise ValueError("testable: false leaves no place for rules or a scale")

@@ -230,11 +230,12 @@ def mri_folder(
     ``Training`` comes from the source scanner, ``Testing`` from the target; classes
     have the real set's shares in each. A patient gives eight pictures, axial, coronal
     and sagittal, at levels through the lesion; slices of one patient resemble each
-    other, and split by picture they stand on both sides. The tumours of ``Training`` come, but for a few, from a "collection": T1ce at 512 × 512.
-    All other pictures are "from the web": any contrast, size, margin, window and JPEG
-    quality. So in ``Training`` contrast and size give away whether there is a tumour,
-    and in ``Testing`` they do not. The template has no skull, scalp or eyes: these are
-    heads after skull stripping, unlike the real set's.
+    other, and split by picture they stand on both sides. The tumours of ``Training``
+    come, but for a few, from a "collection": T1ce at 512 × 512. All other pictures are
+    "from the web": any contrast, size, margin, window and JPEG quality. So in
+    ``Training`` contrast and size give away whether there is a tumour, and in
+    ``Testing`` they do not. The template has no skull, scalp or eyes: these are heads
+    after skull stripping, unlike the real set's.
 
     Parameters
     ----------

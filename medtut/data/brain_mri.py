@@ -252,9 +252,11 @@ def load_pictures(
         )
 
     def make() -> dict[str, np.ndarray]:
-        return {
-            "images": np.stack(_in_threads(lambda p: prepare(read_grey(p), side), kept))
-        }
+        found = _in_threads(lambda path: prepare(read_grey(path), side), kept)
+        for one in found:
+            if isinstance(one, MedtutError):  # spoiled since it was scanned
+                raise one
+        return {"images": np.stack(found)}
 
     key = [VERSION, side, name, getattr(module, "VERSION", 0)]
     key += [file_facts(p.path) for p in kept]

@@ -17,8 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from medtut.errors import MedtutError
+
 VERSION = 1  # part of every cache key: a change here changes the pictures
 BACKGROUND = 0.06  # of the window: air and its noise lie below
+LESIONS = ("glioma", "meningioma")  # kinds that can be drawn
 
 
 def prepare(grey: np.ndarray, side: int) -> np.ndarray:
@@ -56,6 +59,9 @@ def prepare(grey: np.ndarray, side: int) -> np.ndarray:
             box = [slice(s.start * step, s.stop * step) for s in (rows, columns)]
             image = image[tuple(box)]
     picture = Image.fromarray(np.uint8(np.rint(255 * image)))
+    if max(picture.size) > side * min(picture.size):  # a strip: Pillow rounds it away
+        longest = max(picture.size)
+        picture = picture.resize([max(1, n * side // longest) for n in picture.size])
     return np.asarray(ImageOps.pad(picture, (side, side), Image.Resampling.BILINEAR))
 
 
@@ -68,7 +74,7 @@ def normalise(picture: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _shape_and_noise() -> tuple[Any, Any]:
+def _shape_and_noise(side: int) -> tuple[Any, Any]:
     """MONAI's part: geometry before the tones change, blur and noise after."""
     from monai import transforms as mt
 
@@ -81,7 +87,7 @@ def _shape_and_noise() -> tuple[Any, Any]:
                 rotate_range=angle,
                 shear_range=0.1,
                 scale_range=((-0.2, 0.2), (-0.2, 0.2)),
-                translate_range=8,
+                translate_range=side / 16,
                 padding_mode="zeros",
             ),
         ]
@@ -98,7 +104,8 @@ def _shape_and_noise() -> tuple[Any, Any]:
 def mimic_scanner(picture: np.ndarray, seed: int) -> np.ndarray:
     """The same head as another scanner, sequence and technician would show it.
 
-    Mirrored, turned (20°), sheared, scaled (20 %) and moved; then, with probability
+    Mirrored, turned (20°), sheared, scaled (20 %) and moved by up to a
+    sixteenth of its side; then, with probability
     0.35 a gamma curve, 0.25 the tones turned over inside the head (fluid becomes
     bright, as on T2), 0.25 a random tone curve, which need not rise, else nothing; a
     linear bias field; blur and noise. None of these changes which tumour it is: a
@@ -113,7 +120,7 @@ def mimic_scanner(picture: np.ndarray, seed: int) -> np.ndarray:
     """
     from scipy import ndimage
 
-    geometry, noise = _shape_and_noise()
+    geometry, noise = _shape_and_noise(max(picture.shape))
     rng = np.random.default_rng(seed)
     geometry.set_random_state(seed)
     noise.set_random_state(seed + 1)
@@ -153,9 +160,22 @@ def draw_lesion(picture: np.ndarray, kind: str, seed: int) -> np.ndarray:
     picture : (H, W) float32 in [0, 1]
     kind : {"glioma", "meningioma"}
     seed : int
+
+    Returns
+    -------
+    (H, W) float32 in [0, 1]
+        A copy of the picture if there is no head in it to draw into.
+
+    Raises
+    ------
+    MedtutError
+        For another kind.
     """
     from scipy import ndimage
 
+    if kind not in LESIONS:
+        known = " or ".join(LESIONS)
+        raise MedtutError(f"draw_lesion: kind={kind!r} cannot be drawn; {known} can.")
     rng = np.random.default_rng(seed)
     side = max(picture.shape) / 128  # lengths below are of a picture of 128
     smooth = functools.partial(_texture, rng, picture.shape)

@@ -152,6 +152,9 @@ class PrefixCache:
         Features kept in memory, in MB of 10^6 bytes; the rest is read from the disk.
     at_once : int
         Images whose frozen part is computed in one batch: quicker, and larger.
+    below : PrefixCache, optional
+        Of another model that begins with the same weights and has less frozen: what it
+        keeps is gone on from, where it reaches less far. Ignored where it does not fit.
 
     Attributes
     ----------
@@ -170,9 +173,12 @@ class PrefixCache:
         half: bool = False,
         memory_mb: float = 1000,
         at_once: int = 1,
+        below: PrefixCache | None = None,
     ) -> None:
         self.encoder, self.half, self.room = model, half, memory_mb * 1e6
+        self.below = below
         self.at_once, self.made, self._held = at_once, 0, 0
+        self._matched: bool | None = None
         self._kept: dict[tuple, list[Tensor]] = {}
         self._seen: list[tuple[int, int]] = []
 
@@ -236,8 +242,11 @@ class PrefixCache:
 
     @torch.no_grad()
     def _compute(self, x: Tensor, start: int) -> list[dict]:
-        layer = frozen_base(self.encoder, start)
-        y = [run(self.encoder, x, 0, start)]
+        layer, lower = frozen_base(self.encoder, start), self._lower(start)
+        if lower:
+            assert self.below is not None
+            x = torch.stack([row[0].to(x.dtype) for row in self.below.rows(x)])
+        y = [run(self.encoder, x, lower, start)]
         if layer is not None:
             y.append(layer._base(y[0], layer.weight, layer.bias))
         most = max(t.abs().max() for t in y)
@@ -251,6 +260,22 @@ class PrefixCache:
             {n: t[i].numpy() for n, t in zip(names, y, strict=False)}
             for i in range(len(x))
         ]
+
+    def _lower(self, start: int) -> int:
+        """Stages that `below` has done for this model; 0 if it cannot help."""
+        if self.below is None:
+            return 0
+        done = first_trainable(self.below.encoder)
+        if not 0 < done < start:
+            return 0
+
+        def hashes(model: nn.Module) -> dict[str, str]:
+            named = [*model.named_parameters(), *model.named_buffers()]
+            return {n: tensor_hash(t) for n, t in named if stage_of(model, n) < done}
+
+        if self._matched is None:
+            self._matched = hashes(self.encoder) == hashes(self.below.encoder)
+        return done if self._matched else 0
 
     def _row(self, key: tuple, make: Callable[[], dict]) -> list[Tensor]:
         if key in self._kept:

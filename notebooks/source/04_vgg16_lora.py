@@ -157,7 +157,7 @@ fig, axes = viz.figure(2, 4, width=8, height=4.4)
 for row, (part, word) in enumerate({"train": "Training", "test": "Testing"}.items()):
     for k, name in enumerate(CLASSES):
         at = getattr(task, part)
-        ax = axes[row, k]
+        ax = axes[4 * row + k]
         ax.imshow(task.images[at[task.labels[at] == k][2]], cmap="gray")
         ax.set_title(f"{word}: {name}", fontsize=9)
         ax.set_axis_off()
@@ -252,7 +252,7 @@ q2.check(to_chw)
 # %%
 from medtut.models.vgg import initialise, output_spread
 
-large, full = lesson.profile != "smoke", {}
+large = lesson.profile != "smoke"
 size = {"width": 1.0 if large else 0.25, "hidden": 4096 if large else 256}
 noise = torch.rand(4, 3, 224, 224, generator=torch.Generator().manual_seed(lesson.seed))
 net = vgg16(**size, init="torch").eval()
@@ -284,7 +284,7 @@ lesson.show(fig, "spread", "Standard deviation over random inputs after each sta
 # our pictures: as it is, and from He's start with the true channels.
 
 # %%
-short = vgg_trials.PUBLISHED | {"epochs": 10 if large else 1}
+short = vgg_trials.PUBLISHED | {"epochs": 10 if large else 3}
 runs = {"as published": vgg_trials.published_run(task, lesson.seed, **short),
         "He start, true channels": vgg_trials.published_run(task, lesson.seed, init="he",
                                                             straight=True, **short)}
@@ -406,9 +406,10 @@ lesson.show(fig, "looks", "Two gliomas as they are and as another scanner would 
 # never touches the convolutions, and LoRA on the last block of convolutions with a pooled head.
 
 # %%
-finals, live = {}, {}
-for name in ("lora_linear", "pooled_conv"):
-    made = l04.final_answer(name, settings, task, lesson.seed, progress=True)
+finals, live, lower = {}, {}, None
+for name in ("pooled_conv", "lora_linear"):
+    made = l04.final_answer(name, settings, task, lesson.seed, lower, progress=True)
+    lower = lower or made.cache
     finals[name], live[name] = made, vgg.by_case(made.first.argmax(1), truth).mean()
     print(f"{name:12s} one run: balanced accuracy {live[name]:.3f}, {made.members} averaged: "
           f"{vgg.by_case(made.probabilities.argmax(1), truth).mean():.3f}")
@@ -436,8 +437,7 @@ for name, made in finals.items():
         lesson.record(**{f"{prefix}.{k}": scores[k][0] for k in l04.REPORTED},
                       **{f"{prefix}.{k}_interval": scores[k][1:] for k in l04.REPORTED})
     print(name, {k: f"{scores[k][0]:.3f} ({scores[k][1]:.3f}-{scores[k][2]:.3f})" for k in l04.REPORTED})
-_, again, p, _ = classification.read_predictions(table)
-assert (p.argmax(1) == finals["pooled_conv"].probabilities.argmax(1)).all()
+    assert (classification.read_predictions(table)[2] == made.probabilities).all()
 lesson.record(adapter_mb=finals["lora_linear"].save(lesson.out / "adapter") / 1e6)
 print(f"adapter file {lesson.metrics['adapter_mb']:.2f} MB")
 q3 = exercise("04.3")
@@ -463,13 +463,13 @@ if lesson.profile == "quick" and settings.data is None and settings.weights == "
     assert gap < 0.05, f"live and committed runs differ by {gap}"
 names = {"head": "head only", "lora_linear": "LoRA\nlinears", "dora": "DoRA\nlinears",
          "pissa": "PiSSA\nlinears", "lora_conv": "LoRA\nconv", "lora_both": "LoRA\nboth",
-         "full": "full", "pooled": "pooled\nhead only", "pooled_conv": "pooled\nLoRA conv"}
+         "full": "full, rates\ntoo large", "pooled": "pooled\nhead only", "pooled_conv": "pooled\nLoRA conv"}
 fig, (ax,) = viz.figure(1, 1, width=8.5, height=3.4)
 viz.compare_arms(ax, {text: arms[name] for name, text in names.items()}, ylabel="balanced accuracy")
 ax.axhline(0.25, color=viz.GREY, ls=":", lw=1)
 lesson.show(fig, "arms", "Balanced accuracy on the other scanner of nine designs with five seeds "
             "each and bootstrap intervals over pictures and seeds; dotted, a constant answer.");
-pairs = {"lora_conv_minus_head": ("lora_conv", "head"), "lora_conv_minus_full": ("lora_conv", "full"),
+pairs = {"lora_conv_minus_head": ("lora_conv", "head"), "lora_linear_minus_head": ("lora_linear", "head"),
          "pooled_conv_minus_pooled": ("pooled_conv", "pooled"),
          "pooled_conv_minus_lora_linear": ("pooled_conv", "lora_linear")}
 for name, (one, other) in pairs.items():
@@ -479,7 +479,17 @@ for name, (one, other) in pairs.items():
 lesson.record(**{name: table.mean() for name, table in arms.items()})
 
 # %% [markdown]
-# TEXT-ARMS
+# Read it soberly. Two dozen drawn patients make a small training set, the test pictures come from another
+# scanner, and a constant answer has 0.25. Then:
+#
+# - **What is adapted matters less than what it is put under.** With the three linears, two of them random,
+#   no adapter moves the score by more than seeds and pictures leave open: not on the linears, as the paper
+#   describes it, not as DoRA or PiSSA, not on the convolutions. Take the random linears away, and the same
+#   adapters on convolutions are the best design of the figure.
+# - **No verdict on full fine-tuning.** At every rate of the grid that all designs share it fell to nearly constant
+#   answers. That tells how sensitive 28 million numbers are to the rate, and the rates usual for it lie ten times
+#   below our smallest; a comparison with this bar would flatter the others.
+# - The grid has three rates, chosen in runs of half the length, and several arms chose its largest.
 #
 # ### 3.5 The published grid, on validation
 #
@@ -507,7 +517,9 @@ print(f"published network: {constant:.0%} of {len(rows)} runs give one answer th
       f"chosen on validation {arms['grid_published'].mean():.3f}, pooled head {arms['grid_pooled'].mean():.3f}")
 
 # %% [markdown]
-# TEXT-GRID
+# No point of the grid rescues the published network, which is the finding: the differences in the paper's
+# table are differences between constants. The head on frozen features depends on the rate, as
+# a working model does. Choosing on validation costs nothing and makes the test number honest.
 #
 # ### 3.6 What the text describes is something else
 #
@@ -518,18 +530,22 @@ print(f"published network: {constant:.0%} of {len(rows)} runs give one answer th
 # %%
 from medtut.models.published_vgg import truncated_svd
 
-svd = {r: l04.with_svd(finals["lora_linear"], r, task, settings) for r in (8, 64)}
+svd = {r: l04.with_svd(finals["lora_linear"], r, task, settings)
+       for r in (8, min(64, settings.hidden))}
 for r, (error, score) in svd.items():
     print(f"rank {r:2d} in the place of W: {error:.0%} of the weight is lost, balanced accuracy {score:.3f} "
           f"(before {live['lora_linear']:.3f})")
 lesson.record(svd_error=svd[8][0], svd_accuracy=svd[8][1])
-folds = {g: vgg_trials.kfold(task, settings, l04.rate_of("pooled", settings), g) for g in (True, False)}
+folds = {g: vgg_trials.kfold(task, settings, l04.rate_of("pooled", settings), g, lower)
+         for g in (True, False)}
 lesson.record(kfold_mean=np.mean(folds[True]), kfold_ungrouped=np.mean(folds[False]))
 print(f"five folds of Training, near copies together {np.mean(folds[True]):.3f}, "
       f"dealt out {np.mean(folds[False]):.3f}; on Testing {arms['pooled'].mean():.3f}")
 
 # %% [markdown]
-# TEXT-SVD
+# Cut to rank 8 the layer loses most of its weight's energy. (Here the weight is random plus a small trained update,
+# the worst case for a truncation, and the random features survive it badly; a trained layer would lose less.)
+# As for the folds: dealing out near copies flatters, and even the grouped folds speak of the first scanner only.
 #
 # ## 4 · Shift
 #
@@ -550,7 +566,16 @@ lesson.record(looks_gain=gain.difference, looks_gain_low=gain.low, looks_gain_hi
 print("difference", gain)
 
 # %% [markdown]
-# TEXT-LOOKS
+# On the drawn pictures the two measures bring nothing: a head without skull from one
+# template has few styles to confuse, and what limits here is the number of patients. They were made for
+# the real set, and there the same code gives a different picture. `benchmarks/sources.py` holds out all
+# *meningiomas from the web* and asks what a model that knows meningiomas from the collection only makes of
+# them (numbers in `benchmarks/results/sources.md`):
+#
+# SOURCES-TABLE
+#
+# Trained on the pictures as they are, most tumours from the other source are called healthy. That is
+# a shortcut learned, and no score within the set would have shown it.
 #
 # ### 4.2 Other frequencies
 #
@@ -582,7 +607,10 @@ def correct_prior(probabilities, train_prior, test_prior):
 q4.check(correct_prior)
 
 # %% [markdown]
-# TEXT-PRIOR
+# The four ways differ little on balanced accuracy, which does not mind frequencies. Knowing the test frequencies moves accuracy
+# a little; estimating them from a classifier that is wrong this often can move it the wrong way. Correction
+# presumes that *only* the frequencies changed, and here the scanner changed as well. (The 13.8 % to 26.7 % of
+# the real set are a property of how it was gathered; in a clinic the frequencies are other ones again.)
 #
 # ### 4.3 Honest probabilities, and missed tumours
 #
@@ -616,7 +644,9 @@ lesson.show(fig, "honest", "Left, accuracy over confidence before and after a te
             "validation fold. Right, recall of every class with its interval.");
 
 # %% [markdown]
-# TEXT-CAL
+# The temperature is fitted on the first scanner and judged on the second: compare the two errors before you trust
+# it. The threshold finds its 99 % on validation and not on test, at a price in false alarms. Anybody who
+# deploys such a model has to set it anew for each scanner, with pictures whose answer is known.
 #
 # ### 4.4 Where does it look?
 #
@@ -637,7 +667,8 @@ lesson.show(fig, "cam", "Four test pictures with the region that spoke most for 
             "last one answered wrongly if there is such a picture.");
 
 # %% [markdown]
-# TEXT-CAM
+# A map that sits on the lesion is no proof, but one that sits on the edge of the head or on the background
+# is a warning: the shortcut of section 4.1 would look like that.
 #
 # ## 5 · The announced next steps
 #
@@ -658,7 +689,8 @@ lesson.show(fig, "ranks", "Balanced accuracy on the other scanner at rank 2, 8 a
             "intervals.");
 
 # %% [markdown]
-# TEXT-RANK
+# A rank sixteen times as large changes the score by less than the intervals are wide. At 150 pictures the rank is not the
+# limit.
 #
 # ## 6 · Move the threshold
 #

@@ -167,7 +167,7 @@ def test_metric_that_is_no_number_is_refused(write, value):
         ({"scale_required": []}, "needs rules and scale_required"),
         ({"testable": False}, "leaves no place"),
         ({"testable": False, "rules": None, "scale_required": None}, "needs a reason"),
-        ({"reason": "because"}, "reason belongs"),
+        ({"reason": "because", "scale_required": ["smoke"]}, "reason belongs"),
         ({"source": {"citation": "x"}}, "where"),
         ({"id": "Not an id"}, "id"),
         ({"expectation": None}, "expectation"),

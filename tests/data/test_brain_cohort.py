@@ -246,13 +246,31 @@ def test_brats_men_names_and_labels(quick):
     assert 4 not in mask
 
 
-@pytest.fixture
-def pictures(quick):
-    """Both parts of a small folder, and the rows of its table by part."""
-    folder = mri_folder(16, 8)
+def small(patient):
+    """Every third voxel: enough to see where things are, and quick to write."""
+    images = {k: v[::3, ::3, ::3].copy() for k, v in patient.images.items()}
+    return replace(patient, images=images, label=patient.label[::3, ::3, ::3].copy())
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory, patients):
+    """Both parts of a small folder, the rows of its table by part, who was drawn."""
+    drawn, little = [], {kind: small(patient) for kind, patient in patients.items()}
+
+    def draw(kind, scanner, seed, difficulty):
+        drawn.append((scanner, seed))
+        return little[kind]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDTUT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(brain_cohort, "draw_patient", draw)
+        folder = mri_folder(16, 8)
+        assert len(set(drawn)) == len(drawn) == 24
+        assert mri_folder(16, 8) == folder
+        assert len(drawn) == 24, "nobody is drawn again"
+    parts = {"Training": [], "Testing": []}
     with open(folder / "patients.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    parts = {"Training": [], "Testing": []}
     for row in rows:
         part, home, name = Path(row["file"]).parts
         assert home.startswith(row["kind"].replace("none", "no"))
@@ -264,7 +282,7 @@ def pictures(quick):
     return folder, parts
 
 
-def test_pictures_are_read_by_the_real_reader(pictures, quick):
+def test_pictures_are_read_by_the_real_reader(pictures):
     folder, parts = pictures
     found = find_pictures(folder)
     for part, rows in parts.items():
@@ -276,11 +294,6 @@ def test_pictures_are_read_by_the_real_reader(pictures, quick):
     passport = json.loads((folder / "passport.json").read_text("utf-8"))
     listed = [f for p in passport["patients"].values() for f in p["files"]]
     assert len(listed) == len(found) == 24 * 8
-    assert len(quick) == 24
-    assert mri_folder(16, 8) == folder
-    assert len(quick) == 24, "nobody is drawn again"
-    assert mri_folder(16, 8, seed=1) != folder
-    assert mri_folder(16, 8, shortcut=0.5) != folder
 
 
 def test_a_patient_is_in_one_part_in_three_planes(pictures):
@@ -317,15 +330,20 @@ def test_contrast_and_size_give_the_tumour_away_in_training_only(pictures):
         assert len({row["size"] for row in rows}) > len(rows) * 0.8
 
 
-def test_classes_have_the_real_shares(quick):
-    jobs = []
+def test_classes_have_the_real_shares(monkeypatch):
+    jobs, keys = [], []
 
     def only_plan(key, planned, *rest):
-        jobs.extend(planned)
+        keys.append(key)
+        jobs.append(planned)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(brain_cohort, "_cohort", only_plan)
-        mri_folder(400, 300)
+    monkeypatch.setattr(brain_cohort, "_cohort", only_plan)
+    mri_folder(400, 300)
+    mri_folder(400, 300, seed=1)
+    mri_folder(400, 300, shortcut=0.5)
+    assert keys[1] != keys[0] != keys[2]
+    assert jobs[0][3].drawn != jobs[1][3].drawn
+    jobs = jobs[0]
     for scanner, none, glioma in (
         ("source", 0.1376, 0.2878),
         ("target", 0.2665, 0.2538),
@@ -340,7 +358,7 @@ def test_classes_have_the_real_shares(quick):
 def test_pictures_go_through_the_lesion_and_have_square_pixels(
     quick, patients, tmp_path
 ):
-    one = patients["meningioma"]
+    one = small(patients["meningioma"])
     marked = {name: np.where(one.label > 0, 1.0, 0.2) for name in one.images}
     shown = replace(one, images=marked)
     files = brain_cohort._pictures(shown, "p", tmp_path, "Training", (0, 1), 1.0)

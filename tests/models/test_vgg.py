@@ -380,7 +380,8 @@ def test_a_head_anew_after_a_refusal():
 def test_start_merge_and_gradients(where, variant):
     model, x = small().eval(), pictures()
     plain = model(x)
-    adapt(model, where, r=2, variant=variant)
+    injection = adapt(model, where, r=2, variant=variant)
+    assert {one.spec.variant for one in injection.layers.values()} == {variant}
     torch.testing.assert_close(model(x), plain, rtol=1e-5, atol=1e-5)
     y = stir(model)(x)
     assert (y - plain).abs().max() > 1e-4
@@ -535,6 +536,17 @@ def test_the_same_numbers_and_gradients(cached, where, settings, cut):
     stir(model).train()
     assert stages(model)[first_trainable(model)][0] == cut
     cached(model, pictures(), 3)
+
+
+@torch.no_grad()
+def test_several_at_once(cached):
+    model, x = small(), pictures(5)
+    adapt(model, "head")
+    x[3] = x[0]  # the same picture twice is one entry
+    cache = PrefixCache(model, at_once=2)
+    torch.testing.assert_close(cache(x[:1]), model(x[:1]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cache(x), model(x), rtol=1e-5, atol=1e-5)
+    assert cache.made == 4
 
 
 def test_a_head_alone_needs_no_layer_below(cached, monkeypatch):

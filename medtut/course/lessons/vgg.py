@@ -65,8 +65,7 @@ DESIGNS: dict[str, Arm] = {
 def build(arm: Arm | str, settings: Settings, classes: int = len(CLASSES)) -> nn.Module:
     """VGG16 with its convolutions, the arm's head and adapters.
 
-    The frozen linear layers are the same in every run; head and adapters follow
-    torch's seed.
+    Linear layers and head start the same in every run; adapters follow torch's seed.
     """
     import torch
 
@@ -89,13 +88,18 @@ def build(arm: Arm | str, settings: Settings, classes: int = len(CLASSES)) -> nn
     return model
 
 
-def inputs(images: Any) -> Tensor:
-    """(N, side, side) uint8 -> (N, 3, side, side) as the Keras weights want them."""
+def inputs(images: Any, model: nn.Module | None = None) -> Tensor:
+    """(N, side, side) uint8 -> (N, 3, side, side), as a model's weights want them.
+
+    That is Keras' way for the course's convolutions, and where none were loaded.
+    """
     import torch
 
     from medtut.models.vgg import to_input
 
-    return to_input(torch.as_tensor(np.asarray(images)).float() / 255, "keras")
+    x = torch.as_tensor(images).float() / 255
+    x = to_input(x, getattr(model, "convention", "keras"))
+    return x if model is None else x.to(next(model.parameters()).device)
 
 
 def train_arm(
@@ -109,6 +113,7 @@ def train_arm(
     positions: np.ndarray | None = None,
     evaluations: int = 3,
     optimizer: str = "adamw",
+    below: PrefixCache | None = None,
     out: Path | None = None,
     progress: bool = False,
 ) -> tuple[PrefixCache, FitResult]:
@@ -118,6 +123,7 @@ def train_arm(
     ----------
     positions : training pictures, by default the task's.
     optimizer : adamw, sgd, or adam, which is the first without decay.
+    below : cache of an arm with less frozen, to go on from.
 
     Returns
     -------
@@ -133,7 +139,8 @@ def train_arm(
     arm = DESIGNS[name]
     torch.manual_seed(seed)
     model = build(arm, settings)
-    cache = PrefixCache(model, True, settings.memory_mb, at_once=32)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    cache = PrefixCache(model, True, settings.memory_mb, at_once=32, below=below)
     positions = task.train if positions is None else positions
     seen = views(task, positions, settings, arm.plain)
     size, even = settings.batch_size, arm.balance == "resample"
@@ -149,7 +156,7 @@ def train_arm(
     encode(cache, seen.images[np.unique(items.order)], settings, progress)
 
     def loss(_: nn.Module, batch: dict) -> Tensor:
-        logits = cache(inputs(batch["image"])).float()
+        logits = cache(inputs(batch["image"], model)).float()
         on = logits.device
         return F.cross_entropy(
             logits + offset.to(on), batch["label"], weight.to(on), label_smoothing=0.05
@@ -219,7 +226,7 @@ def encode(
         return
     with autocast(settings):
         for i in tqdm(range(0, len(images), 32), "frozen layers", disable=not progress):
-            cache.rows(inputs(images[i : i + 32]))
+            cache.rows(inputs(images[i : i + 32], cache.encoder))
 
 
 def probabilities(
@@ -234,7 +241,8 @@ def probabilities(
     encode(cache, images, settings)
     with torch.inference_mode(), autocast(settings):
         found = [
-            cache(inputs(one)) for one in np.array_split(images, -(-len(images) // 64))
+            cache(inputs(one, model))
+            for one in np.array_split(images, -(-len(images) // 64))
         ]
     model.train(training)
-    return torch.cat(found).double().softmax(1).numpy()
+    return torch.cat(found).double().softmax(1).cpu().numpy()

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from medtut.course.lessons.l04 import Settings
 
 HEALTHY = CLASSES.index("no_tumor")
-DRAWN = ("glioma", "meningioma")  # kinds that can be drawn into a healthy picture
 
 
 @dataclass
@@ -80,8 +79,8 @@ def load_task(settings: Settings) -> Task:
     )
     if least < 2:
         raise MedtutError(
-            f"{folder}: a class of Training has only {least} picture apart from its "
-            "copies; a validation fold needs two or more."
+            f"{folder}: a class of Training has only {least} picture or patient apart "
+            "from copies; with a fold for validation it needs two or more."
         )
     folds = brain_mri.grouped_folds(labels[learn], groups[learn], min(5, least), seed=0)
     train, validation = (learn[side] for side in folds[0])
@@ -95,12 +94,19 @@ def _patients(table: Path, pictures: Sequence[Picture], folder: Path) -> np.ndar
     Raises
     ------
     MedtutError
-        A picture is not in the table.
+        The table cannot be read, or a picture is not in it.
     """
-    with open(table, newline="", encoding="utf-8") as file:
-        of = {row["file"]: row["patient"] for row in csv.DictReader(file)}
+    try:
+        # Spreadsheets put a byte order mark before the first column's name.
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            of = {row["file"]: row["patient"] for row in csv.DictReader(file)}
+    except (KeyError, ValueError, csv.Error) as error:
+        raise MedtutError(
+            f"{table} cannot be read ({error!r}). It must be UTF-8 text with commas "
+            "and the columns file and patient."
+        ) from error
     names = [p.path.relative_to(folder).as_posix() for p in pictures]
-    if missing := [name for name in names if name not in of]:
+    if missing := [name for name in names if not of.get(name)]:
         raise MedtutError(
             f"{table} does not say whom {len(missing)} pictures show, such as "
             f"{missing[0]}. Complete it, or take it away to split by near copies."
@@ -145,7 +151,7 @@ def views(task: Task, positions: np.ndarray, settings: Settings, plain: bool) ->
     jobs += [
         (int(i), k, kind)
         for k in range(settings.lesions)
-        for kind in DRAWN
+        for kind in mri_augment.LESIONS
         for i in healthy
     ]
 
@@ -176,6 +182,9 @@ def views(task: Task, positions: np.ndarray, settings: Settings, plain: bool) ->
 
 class Balanced:
     """Training items in a seeded order in which every class comes up as often.
+
+    Drawn lesions come on top: they take the places of a `drawn_share` of the items,
+    whatever those showed, and the even classes are those of the rest.
 
     Parameters
     ----------

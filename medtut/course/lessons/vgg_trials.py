@@ -12,11 +12,13 @@ from medtut.course.lessons.vgg import by_case, probabilities, train_arm
 from medtut.course.lessons.vgg_pictures import Task
 from medtut.data import brain_mri
 from medtut.data.brain_mri import CLASSES
+from medtut.errors import MedtutError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from medtut.course.lessons.l04 import Settings
+    from medtut.models.prefix import PrefixCache
 
 # The published net at a size for a laptop: an eighth of the channels, 64 pixels.
 SCRATCH = {"width": 1 / 8, "side": 64, "hidden": 512}
@@ -101,7 +103,7 @@ def published_run(
         seed=seed,
     )
     fit(net, loss, items, config, progress=progress)
-    net.eval()
+    net.cpu().eval()
     with torch.inference_mode():
         parts = {"validation": task.validation, "test": task.test}
         found = {
@@ -121,7 +123,13 @@ def grid_search(task: Task, settings: Settings, seed: int, arm: str) -> dict[str
     -------
     dict
         ``cases`` of the chosen point on the test pictures, see `by_case`; ``table``,
-        one row a point: settings, validation and test score, answers ever given.
+        one row a point: settings, validation and test score, answers ever given. A
+        point whose loss left the finite numbers has no row.
+
+    Raises
+    ------
+    MedtutError
+        No point is left.
     """
     from medtut.train import TrainError
 
@@ -129,43 +137,67 @@ def grid_search(task: Task, settings: Settings, seed: int, arm: str) -> dict[str
     truth = {part: task.labels[getattr(task, part)] for part in ("validation", "test")}
     for values in itertools.product(*GRID.values()):
         point = dict(zip(GRID, values, strict=True))
-        if arm == "published":
-            try:
+        try:
+            if arm == "published":
                 found = published_run(task, seed, **point)
-            except TrainError:  # the loss left the finite numbers
-                continue
-        else:
-            size = {"batch_size": point["batch_size"], "epochs": float(point["epochs"])}
-            given = settings.model_copy(update=size)
-            cache, _ = train_arm(
-                arm, seed, point["lr"], given, task, evaluations=1,
-                optimizer=point["optimizer"],
-            )  # fmt: skip
-            found = {
-                part: probabilities(cache, task.images[getattr(task, part)], settings)
-                for part in truth
-            }
+            else:
+                found = _grid_point(task, settings, seed, arm, **point)
+        except TrainError:
+            continue
         said = {part: found[part].argmax(1) for part in truth}
         row = {part: float(by_case(said[part], truth[part]).mean()) for part in truth}
         answers = np.bincount(said["test"], minlength=len(CLASSES))
         cases = by_case(said["test"], truth["test"]).tolist()
         rows.append({**point, **row, "answers": answers.tolist(), "cases": cases})
+    if not rows:
+        raise MedtutError(f"grid_search: no point of {arm} has a finite loss.")
     best = max(rows, key=lambda row: row["validation"])
     table = [{k: v for k, v in row.items() if k != "cases"} for row in rows]
     return {"cases": np.array(best["cases"]), "table": table}
 
 
-def kfold(task: Task, settings: Settings, rate: float, grouped: bool) -> list[float]:
+def _grid_point(
+    task: Task,
+    settings: Settings,
+    seed: int,
+    arm: str,
+    *,
+    lr: float,
+    batch_size: int,
+    optimizer: str,
+    epochs: float,
+) -> dict[str, np.ndarray]:
+    """Probabilities of one of our arms on validation and test, at a grid's point."""
+    given = settings.model_copy(update={"batch_size": batch_size})
+    more = {"epochs": epochs, "optimizer": optimizer, "evaluations": 1}
+    cache, _ = train_arm(arm, seed, lr, given, task, **more)
+    return {
+        part: probabilities(cache, task.images[getattr(task, part)], settings)
+        for part in ("validation", "test")
+    }
+
+
+def kfold(
+    task: Task,
+    settings: Settings,
+    rate: float,
+    grouped: bool,
+    below: PrefixCache | None = None,
+) -> list[float]:
     """Balanced accuracy of the pooled head on each fold of ``Training``.
 
-    ``grouped`` keeps near-duplicates together; without it they are dealt out.
+    ``grouped`` keeps near-duplicates together; without it they are dealt out. Four
+    epochs at most; `below` as in `train_arm`.
     """
     learn = np.sort(np.concatenate([task.train, task.validation]))
     groups = task.groups[learn] if grouped else np.arange(len(learn))
     scores = []
+    settings = settings.model_copy(update={"epochs": min(settings.epochs, 4.0)})
     for train, held in brain_mri.grouped_folds(task.labels[learn], groups, k=5):
         fold = replace(task, train=learn[train], validation=learn[held])
-        cache, _ = train_arm("pooled", 0, rate, settings, fold, evaluations=1)
+        cache, _ = train_arm(
+            "pooled", 0, rate, settings, fold, evaluations=1, below=below
+        )
         found = probabilities(cache, task.images[fold.validation], settings)
         truth = task.labels[fold.validation]
         scores.append(float(by_case(found.argmax(1), truth).mean()))
