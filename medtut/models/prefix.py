@@ -204,12 +204,13 @@ class PrefixCache:
         if start == 0 or x.requires_grad:
             return self.encoder(x)
         rows = self.rows(x)
-        # As the stages hand it on: TinyViT's numbers and speed depend on it.
-        tiny = hasattr(self.encoder, "layers")
-        form = torch.channels_last if tiny else torch.contiguous_format
+        # As the stages hand it on: numbers and speed depend on it.
+        form = torch.channels_last if self._last() else torch.contiguous_format
         parts = ([t.to(x.dtype) for t in part] for part in zip(*rows, strict=True))
         kept = (torch.stack(part) for part in parts)
-        y, *base = (t.to(x.device, memory_format=form) for t in kept)
+        y, *base = (
+            t.to(x.device, memory_format=form if t.dim() == 4 else None) for t in kept
+        )
         layer = frozen_base(self.encoder, start)
         if layer is None:
             return run(self.encoder, y, start)
@@ -260,6 +261,13 @@ class PrefixCache:
             {n: t[i].numpy() for n, t in zip(names, y, strict=False)}
             for i in range(len(x))
         ]
+
+    def _last(self) -> bool:
+        """Whether the model works with channels last: TinyViT, or who asked for it."""
+        form = torch.channels_last
+        maps = (p for p in self.encoder.parameters() if p.dim() == 4 and p.shape[2] > 1)
+        asked = any(p.is_contiguous(memory_format=form) for p in maps)
+        return hasattr(self.encoder, "layers") or asked
 
     def _lower(self, start: int) -> int:
         """Stages that `below` has done for this model; 0 if it cannot help."""

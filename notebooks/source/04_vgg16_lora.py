@@ -46,6 +46,7 @@ plain_share = None
 drawn_share = None
 members = None
 memory_mb = None
+folds = None
 train_patients = None
 test_patients = None
 
@@ -70,7 +71,8 @@ lesson = open_lesson(
     side=side, width=width, hidden=hidden, first_block=first_block, epochs=epochs,
     batch_size=batch_size, precision=precision, copies=copies, lesions=lesions,
     plain_share=plain_share, drawn_share=drawn_share, members=members,
-    memory_mb=memory_mb, train_patients=train_patients, test_patients=test_patients,
+    memory_mb=memory_mb, folds=folds, train_patients=train_patients,
+    test_patients=test_patients,
 )
 settings = l04.with_weights(lesson)
 lesson

@@ -1,5 +1,7 @@
 """Heads cropped, shown as other scanners would, and lesions drawn into them."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -38,7 +40,8 @@ def test_prepare_finds_the_head_whatever_the_margins(margins, scale):
     inside = found > 128
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     # The head's longer side fills the picture; the shorter one is padded evenly.
-    assert rows[0] <= 3 and rows[-1] >= 60
+    assert rows[0] <= 3
+    assert rows[-1] >= 60
     assert 64 * 100 / 120 - 5 <= len(columns) <= 64 * 100 / 120 + 3
     assert abs(columns[0] - (63 - columns[-1])) <= 3
 
@@ -81,9 +84,10 @@ def test_mimicry_is_repeated_by_its_seed(head):
     for seed, look in zip(SEEDS, looks, strict=True):
         assert np.array_equal(mimic_scanner(head, seed), look), seed
         assert (look.shape, look.dtype) == (head.shape, np.float32)
-        assert 0 <= look.min() and 0.9 < look.max() <= 1
+        assert look.min() >= 0
+        assert 0.9 < look.max() <= 1
         assert np.abs(look - head).mean() > 0.01
-    gaps = [np.abs(a - b).mean() for a, b in zip(looks, looks[1:], strict=False)]
+    gaps = [np.abs(a - b).mean() for a, b in pairwise(looks)]
     assert min(gaps) > 0.01
 
 
@@ -115,7 +119,8 @@ def test_labels_are_safe(head, side):
         columns = np.flatnonzero(look.any(0))
         centre = (columns[0] + columns[-1]) // 2
         mirrored += tone[:, :centre].sum() > tone[:, centre:].sum()
-    assert min(kept) > 0.55 and max(kept) < 1.7, "scaled by 0.8 to 1.2 each way"
+    assert min(kept) > 0.55, "scaled by 0.8 to 1.2 each way"
+    assert max(kept) < 1.7
     assert 15 < mirrored < 45
 
 
@@ -150,7 +155,8 @@ def test_a_lesion_changes_a_part_of_the_head(head, drawn, kind):
     for seed, look, where in zip(SEEDS, looks, changed, strict=True):
         assert np.array_equal(draw_lesion(head, kind, seed), look)
         assert (look.shape, look.dtype) == (head.shape, np.float32)
-        assert 0 <= look.min() and look.max() <= 1
+        assert look.min() >= 0
+        assert look.max() <= 1
         assert 0.005 < where.sum() / inside.sum() < 0.6
         assert np.abs(look - head)[~inside].max() < 0.02, "outside of the head"
     assert not np.array_equal(looks[0], looks[1])

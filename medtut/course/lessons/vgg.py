@@ -85,7 +85,7 @@ def build(arm: Arm | str, settings: Settings, classes: int = len(CLASSES)) -> nn
         vgg.load_features(model, settings.weights)
     blocks = range(settings.first_block, 6)
     vgg.adapt(model, arm.where, r=arm.rank, variant=arm.variant, blocks=tuple(blocks))
-    return model
+    return model.to(memory_format=torch.channels_last)  # a quarter faster here
 
 
 def inputs(images: Any, model: nn.Module | None = None) -> Tensor:

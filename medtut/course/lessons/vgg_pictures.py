@@ -82,7 +82,9 @@ def load_task(settings: Settings) -> Task:
             f"{folder}: a class of Training has only {least} picture or patient apart "
             "from copies; with a fold for validation it needs two or more."
         )
-    folds = brain_mri.grouped_folds(labels[learn], groups[learn], min(5, least), seed=0)
+    folds = brain_mri.grouped_folds(
+        labels[learn], groups[learn], min(settings.folds, least), seed=0
+    )
     train, validation = (learn[side] for side in folds[0])
     test = np.flatnonzero([p.part == "Testing" for p in pictures])
     return Task(folder, pictures, images, groups, train, validation, test)
