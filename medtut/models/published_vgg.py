@@ -17,8 +17,9 @@ from medtut.models.vgg import initialise, trunk
 def scrambled(hwc: Tensor) -> Tensor:
     """View pictures stored row by row, pixel by pixel, as if channel by channel.
 
-    Nothing moves in memory, so "channel" c is the c-th third of the rows, three stored
-    rows after another in each of its rows, with red, green and blue taking turns.
+    Nothing moves in memory, so "channel" c is the c-th third of the rows; a stored row
+    fills three of its rows, a third of it in each, with the red, green and blue of a
+    pixel side by side.
 
     Parameters
     ----------

@@ -174,8 +174,9 @@ def with_weights(lesson: Any) -> Settings:
 
     settings = lesson.settings
     if settings.data is not None and settings.profile == "quick":
-        drawn = PRESETS["quick"]
-        free = [key for key in OWN if getattr(settings, key) == drawn[key]]
+        usual = {key: Settings.model_fields[key].default for key in OWN}
+        usual |= PRESETS["quick"]
+        free = [key for key in OWN if getattr(settings, key) == usual[key]]
         settings = settings.model_copy(update={key: OWN[key] for key in free})
     if settings.weights == "asset":
         try:

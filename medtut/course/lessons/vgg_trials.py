@@ -204,8 +204,8 @@ def kfold(
     return scores
 
 
-def baselines(task: Task, seed: int = 0) -> dict[str, np.ndarray]:
-    """Test answers of models that see no network's features.
+def baselines(task: Task, part: str = "test", seed: int = 0) -> dict[str, np.ndarray]:
+    """Answers on validation or test of models that see no network's features.
 
     ``pca``: standardised pixels, 256 principal components, logistic regression.
     ``size``: a forest on width, height and bytes of the file, no pixel looked at.
@@ -216,7 +216,7 @@ def baselines(task: Task, seed: int = 0) -> dict[str, np.ndarray]:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    learn = np.concatenate([task.train, task.validation])
+    learn, asked = task.train, getattr(task, part)
     pixels = task.images.reshape(len(task.images), -1).astype(np.float32)
     parts = min(256, len(learn) - 1)
     models = {
@@ -232,7 +232,7 @@ def baselines(task: Task, seed: int = 0) -> dict[str, np.ndarray]:
     inputs = {"pca": pixels, "size": brain_mri.size_features(task.pictures)}
     return {
         name: model.fit(inputs[name][learn], task.labels[learn]).predict(
-            inputs[name][task.test]
+            inputs[name][asked]
         )
         for name, model in models.items()
     }
