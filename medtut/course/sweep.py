@@ -162,7 +162,7 @@ def by_arm(runs: Sequence[dict[str, Any]], key: str = "cases") -> dict[str, np.n
 
     found: dict[str, list] = {}
     for run in sorted(runs, key=lambda run: run["seed"]):
-        if run["metrics"][key] is not None:
+        if run["metrics"].get(key) is not None:
             found.setdefault(run["arm"], []).append(run["metrics"][key])
     return {arm: np.array(values, dtype=float) for arm, values in found.items()}
 

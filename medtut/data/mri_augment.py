@@ -65,14 +65,6 @@ def prepare(grey: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(ImageOps.pad(picture, (side, side), Image.Resampling.BILINEAR))
 
 
-def normalise(picture: np.ndarray) -> np.ndarray:
-    """(H, W) uint8 -> float32 in [0, 1], with the head's 99th percentile at 1."""
-    image = np.asarray(picture, np.float32) / 255
-    head = image > BACKGROUND
-    top = np.percentile(image[head], 99) if head.sum() > 50 else 1.0
-    return np.clip(image / max(float(top), 1e-3), 0, 1)
-
-
 @functools.cache
 def _shape_and_noise(side: int) -> tuple[Any, Any]:
     """MONAI's part: geometry before the tones change, blur and noise after."""
