@@ -37,6 +37,7 @@ class Settings(TrainingSettings):
     plain_share: float = Field(default=0.7, ge=0, le=1)
     drawn_share: float = Field(default=0.125, ge=0, lt=1)
     memory_mb: float = Field(default=1000, gt=0)
+    folds: int = Field(default=5, ge=2)
     train_patients: int = Field(ge=14)
     test_patients: int = Field(ge=8)
     seeds: int = Field(ge=1)

@@ -37,6 +37,7 @@ lesions = None
 plain_share = None
 drawn_share = None
 memory_mb = None
+folds = None
 train_patients = None
 test_patients = None
 steps = None
@@ -68,7 +69,7 @@ from medtut.train import TrainConfig, fit
 lesson = open_lesson(
     "bonus/04_other_networks", profile=profile, seed=seed, data=data, out=out, weights=weights,
     side=side, precision=precision, copies=copies, lesions=lesions, plain_share=plain_share,
-    drawn_share=drawn_share, memory_mb=memory_mb, train_patients=train_patients,
+    drawn_share=drawn_share, memory_mb=memory_mb, folds=folds, train_patients=train_patients,
     test_patients=test_patients, steps=steps, batch_size=batch_size, seeds=seeds, rank=rank,
     rate_lora=rate_lora, rate_full=rate_full, longer=longer,
 )
