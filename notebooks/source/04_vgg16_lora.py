@@ -375,7 +375,7 @@ print(f"from the cache a step is {speed:.0f} times as fast; largest difference {
 ledger(model)
 
 # %% [markdown]
-# `benchmarks/results/features.md` has the table with the machine named.
+# `python -m benchmarks.features` measures whole epochs at full width.
 #
 # ### 3.2 Other scanners, drawn lesions
 #
@@ -411,7 +411,7 @@ lesson.show(fig, "looks", "Two gliomas as they are and as another scanner would 
 # the validation fold. Two designs train live: LoRA on the linears, where the paper puts it, with every convolution
 # frozen; and LoRA on the last block of convolutions with a pooled head. The final answer averages
 # `members` runs, each asked about a picture and its mirror image; of the pooled design the last member learns from
-# the pictures as they are only and has a third of the vote. "One run" is the first member alone.
+# the pictures as they are only and has 0.4 of the vote (chosen on the real set, see 4.1). "One run" is the first member alone.
 
 # %%
 finals, live, lower = {}, {}, None
@@ -567,8 +567,7 @@ print(f"pooled head, four epochs, five folds of Training: groups kept together {
 # not. And what do our two measures bring?
 
 # %%
-for part in ("validation", "test"):
-    said = vgg_trials.baselines(task, part, lesson.seed)
+for part, said in vgg_trials.baselines(task, lesson.seed).items():
     of = task.labels[getattr(task, part)]
     base = {name: vgg.by_case(answer, of).mean() for name, answer in said.items()}
     lesson.record(**({"size_alone": base["size"]} if part == "validation" else
@@ -584,14 +583,9 @@ print("difference", gain)
 # %% [markdown]
 # On the drawn pictures the two measures bring nothing: a head without skull from one
 # template has few styles to confuse, and what limits here is the number of patients. They were made for
-# the real set, and there the same code gives a different picture. `benchmarks/sources.py` holds out all
-# *meningiomas from the web* and asks what a model that knows meningiomas from the collection only makes of
-# them (numbers in `benchmarks/results/sources.md`):
-#
-# SOURCES-TABLE
-#
-# Trained on the pictures as they are, most tumours from the other source are called healthy. That is
-# a shortcut learned, and no score within the set would have shown it.
+# the real set. Whoever has it can measure there what they bring: `python -m benchmarks.sources FOLDER` holds out
+# all *meningiomas from the web* and asks what a model that knows meningiomas from the collection only makes
+# of them. Called healthy, they have been recognised by their source; no score within the set would show that.
 #
 # ### 4.2 Other frequencies
 #

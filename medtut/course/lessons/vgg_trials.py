@@ -204,11 +204,12 @@ def kfold(
     return scores
 
 
-def baselines(task: Task, part: str = "test", seed: int = 0) -> dict[str, np.ndarray]:
-    """Answers on validation or test of models that see no network's features.
+def baselines(task: Task, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
+    """Answers, by part and name, of models that see no network's features.
 
     ``pca``: standardised pixels, 256 principal components, logistic regression.
     ``size``: a forest on width, height and bytes of the file, no pixel looked at.
+    Both learn from the training pictures and are asked on validation and test.
     """
     from sklearn.decomposition import PCA
     from sklearn.ensemble import RandomForestClassifier
@@ -216,7 +217,7 @@ def baselines(task: Task, part: str = "test", seed: int = 0) -> dict[str, np.nda
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    learn, asked = task.train, getattr(task, part)
+    learn = task.train
     pixels = task.images.reshape(len(task.images), -1).astype(np.float32)
     parts = min(256, len(learn) - 1)
     models = {
@@ -230,9 +231,12 @@ def baselines(task: Task, part: str = "test", seed: int = 0) -> dict[str, np.nda
         ),
     }
     inputs = {"pca": pixels, "size": brain_mri.size_features(task.pictures)}
+    for name, model in models.items():
+        model.fit(inputs[name][learn], task.labels[learn])
     return {
-        name: model.fit(inputs[name][learn], task.labels[learn]).predict(
-            inputs[name][asked]
-        )
-        for name, model in models.items()
+        part: {
+            name: model.predict(inputs[name][getattr(task, part)])
+            for name, model in models.items()
+        }
+        for part in ("validation", "test")
     }
