@@ -264,9 +264,8 @@ class PrefixCache:
 
     def _last(self) -> bool:
         """Whether the model works with channels last: TinyViT, or who asked for it."""
-        form = torch.channels_last
         maps = (p for p in self.encoder.parameters() if p.dim() == 4 and p.shape[2] > 1)
-        asked = any(p.is_contiguous(memory_format=form) for p in maps)
+        asked = any(p.is_contiguous(memory_format=torch.channels_last) for p in maps)
         return hasattr(self.encoder, "layers") or asked
 
     def _lower(self, start: int) -> int:
