@@ -21,6 +21,7 @@ from medtut.lora.inject import is_adapter
 from medtut.lora.layers import LowRankBranch
 
 VERSION = 2  # of what an entry means
+SLAB = 64 << 20  # bytes that are asked for at once
 Stage = tuple[str, Callable[[Tensor], Tensor]]
 
 
@@ -177,7 +178,7 @@ class PrefixCache:
     ) -> None:
         self.encoder, self.half, self.room = model, half, memory_mb * 1e6
         self.below = below
-        self.at_once, self.made, self._held = at_once, 0, 0
+        self.at_once, self.made, self._held, self._left = at_once, 0, 0, 0
         self._matched: bool | None = None
         self._kept: dict[tuple, list[Tensor]] = {}
         self._seen: list[tuple[int, int]] = []
@@ -194,7 +195,7 @@ class PrefixCache:
         seen = [(id(t), t._version) for t in below.values()]
         if seen != self._seen:
             self._weights = total({n: tensor_hash(t) for n, t in below.items()})
-            self._seen, self._kept, self._held = seen, {}, 0
+            self._seen, self._kept, self._held, self._left = seen, {}, 0, 0
             self._below = below  # held, so that no other tensor gets one of their ids
         return self._weights
 
@@ -289,7 +290,17 @@ class PrefixCache:
             return self._kept[key]
         arrays = cached_arrays("prefix", key, make)
         row = [torch.from_numpy(arrays[n]) for n in ("x", "base") if n in arrays]
-        size = sum(t.nbytes for t in row)
-        if self._held + size <= self.room:
-            self._kept[key], self._held = row, self._held + size
+        if self._held + sum(t.nbytes for t in row) <= self.room:
+            row = self._kept[key] = [self._keep(t) for t in row]
         return row
+
+    def _keep(self, t: Tensor) -> Tensor:
+        """A copy in a slab: thousands of small tensors would break up the heap."""
+        if self._left < t.nbytes:
+            self._left = max(t.nbytes, SLAB)
+            self._slab = torch.empty(self._left, dtype=torch.uint8)
+        start = len(self._slab) - self._left
+        self._left -= -(-t.nbytes // 64) * 64  # whole lines, so that views are aligned
+        self._held += t.nbytes
+        place = self._slab[start : start + t.nbytes].view(t.dtype).view(t.shape)
+        return place.copy_(t)

@@ -364,7 +364,10 @@ def test_rates_are_tuned_once_for_all_seeds(task, settings, monkeypatch):
     assert found == {str(rate): -rate for rate in l04.LEARNING_RATES}
     l04.tuned("head", settings(hidden=17))
     l04.tuned("full", settings())
-    assert len(ran) == 3 * len(l04.LEARNING_RATES)
+    assert len(ran) == 2 * len(l04.LEARNING_RATES) + len(l04.FULL_RATES)
+    # All weights together want smaller steps than adapters.
+    assert [rate for _, rate, _ in ran[-len(l04.FULL_RATES) :]] == list(l04.FULL_RATES)
+    assert max(l04.FULL_RATES) < min(l04.LEARNING_RATES)
 
 
 # --- the published run and its grid ----------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from medtut.data.cache import cache_dir
 from medtut.errors import MedtutError
 from medtut.lora import LoRAConfig, adapted_layers
+from medtut.models import prefix
 from medtut.models.litemedsam import LiteMedSAM
 from medtut.models.sam import adapt_sam, build_sam
 from medtut.models.sam_stages import PrefixCache, first_trainable, run, stages
@@ -151,6 +152,20 @@ def test_without_memory_the_disk_serves(make, x):
     tight = PrefixCache(encoder, memory_mb=1.5 * small / 1e6)
     assert torch.equal(tight(x), first)
     assert len(tight._kept) == 1
+
+
+@pytest.mark.parametrize(("slab", "blocks"), [(1 << 20, 1), (1, 2)])
+def test_what_is_kept_lies_in_large_blocks(make, x, monkeypatch, slab, blocks):
+    # Else thousands of small tensors break up the heap, and a run takes gigabytes.
+    monkeypatch.setattr(prefix, "SLAB", slab)
+    encoder = adapted(make("tiny"), r"blocks\.3\..*qkv")
+    cache = PrefixCache(encoder)
+    first = cache(x)
+    assert torch.equal(cache(x), first)
+    kept = [t for row in cache._kept.values() for t in row]
+    assert len(kept) == len(x) == 2
+    assert len({t.untyped_storage().data_ptr() for t in kept}) == blocks
+    assert cache._held == sum(t.nbytes for t in kept)
 
 
 @torch.no_grad()

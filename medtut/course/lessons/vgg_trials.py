@@ -187,12 +187,14 @@ def kfold(
     """Balanced accuracy of the pooled head on each fold of ``Training``.
 
     ``grouped`` keeps near-duplicates together; without it they are dealt out. Four
-    epochs at most; `below` as in `train_arm`.
+    epochs at most, on pictures as they are; `below` as in `train_arm`.
     """
     learn = np.sort(np.concatenate([task.train, task.validation]))
     groups = task.groups[learn] if grouped else np.arange(len(learn))
     scores = []
-    settings = settings.model_copy(update={"epochs": min(settings.epochs, 4.0)})
+    # Other looks would be drawn anew for every fold, and every one has another.
+    change = {"epochs": min(settings.epochs, 4.0), "copies": 0, "lesions": 0}
+    settings = settings.model_copy(update=change)
     for train, held in brain_mri.grouped_folds(task.labels[learn], groups, k=5):
         fold = replace(task, train=learn[train], validation=learn[held])
         cache, _ = train_arm(
