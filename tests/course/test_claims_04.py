@@ -32,6 +32,7 @@ TRAINED = {
     "lora_both": (0.81, 0.9),
     "lora_conv_minus_head": (0.08, -0.01),
     "lora_conv_minus_head_low": (0.04, -0.01),
+    "lora_conv_minus_full": (-0.01, -0.1),
     "dora": (0.75, 0.73),
     "pissa": (0.735, 0.76),
     "svd_error": (0.99, 0.05),
@@ -79,7 +80,6 @@ UNTESTABLE = {
     "other-architectures",
     "another-data-set",
     "other-domains",
-    "on-par-with-full-fine-tuning",
 }
 ON_REAL = "eighty-percent-on-the-official-test"
 # A claim of two rules stays contradicted until both of these have changed.

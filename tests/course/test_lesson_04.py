@@ -506,7 +506,9 @@ def test_members_and_mirrors_are_averaged(linear):
     images = task.images[task.test]
     parts = []
     for seed in (5, 6):
-        cache, _ = vgg.train_arm("lora_linear", seed, rate, chosen, task)
+        cache, _ = vgg.train_arm(
+            "lora_linear", seed, rate, chosen, task, evaluations=1
+        )
         for given in (images, images[:, :, ::-1].copy()):
             parts.append(vgg.probabilities(cache, given, chosen))
     np.testing.assert_array_equal(answer.first, parts[0])
@@ -567,20 +569,26 @@ def test_svd_at_full_rank_changes_nothing(linear):
 def test_a_plain_sister_has_its_share_of_the_vote(task, settings, monkeypatch):
     ran = []
 
-    def train_arm(name, seed, rate, settings, task, **_):
+    def train_arm(name, seed, rate, settings, task, *, evaluations, **_):
         ran.append((name, seed))
+        looked.append(evaluations)
         return SimpleNamespace(encoder=name), None
 
     def probabilities(cache, images, settings):
         return np.eye(4)[[int(cache.encoder.endswith("plain"))] * len(images)]
 
+    looked = []
+
     monkeypatch.setattr(l04, "train_arm", train_arm)
     monkeypatch.setattr(l04, "probabilities", probabilities)
     found = l04.final_answer("pooled_conv", settings(members=3), task, 7)
     assert ran == [("pooled_conv", 7), ("pooled_conv", 8), ("pooled_conv_plain", 9)]
-    np.testing.assert_allclose(found.probabilities[0], [0.6, 0.4, 0, 0])
+    np.testing.assert_allclose(found.probabilities[0], [0.5, 0.5, 0, 0])
+    assert looked == [1, 1, 1], "of one's own pictures the last weights are taken"
     assert (found.model, found.members) == ("pooled_conv", 3)
-    alone = l04.final_answer("pooled_conv", settings(members=1), task, 7)
+    drawn = settings(members=1, data=None)
+    alone = l04.final_answer("pooled_conv", drawn, task, 7)
+    assert looked[3:] == [3], "as in the committed runs"
     np.testing.assert_allclose(alone.probabilities[0], [1, 0, 0, 0])
 
 

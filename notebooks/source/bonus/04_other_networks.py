@@ -409,7 +409,7 @@ for key, other in (("norm_never", "never seen\ndata"), ("norm_measured", "measur
 # %% [markdown]
 # **How to read it.** "Never seen data" is what `norm="frozen"` means for a network without weights:
 # twenty layers without any normalisation, each shortcut adding to the last, so that the numbers grow
-# from block to block. It is the one choice that cannot be right. Between *running* and *measured* the
+# from block to block. It is the one to avoid; what it costs in so few steps, the line above says. Between *running* and *measured* the
 # difference is what the means follow: in the second they are those of the start and stay while the
 # adapters move what they normalise. The last bar uses no label, and changes what the network believes
 # about brightness. Where it differs from the first, part of the "shift" is two numbers a channel; where
