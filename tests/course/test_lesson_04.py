@@ -506,9 +506,7 @@ def test_members_and_mirrors_are_averaged(linear):
     images = task.images[task.test]
     parts = []
     for seed in (5, 6):
-        cache, _ = vgg.train_arm(
-            "lora_linear", seed, rate, chosen, task, evaluations=1
-        )
+        cache, _ = vgg.train_arm("lora_linear", seed, rate, chosen, task, evaluations=1)
         for given in (images, images[:, :, ::-1].copy()):
             parts.append(vgg.probabilities(cache, given, chosen))
     np.testing.assert_array_equal(answer.first, parts[0])
