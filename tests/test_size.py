@@ -39,6 +39,17 @@ OWNERS = {
     "models/vgg.py": "04",
     "models/vgg_weights.py": "04",
     "data/brain_mri.py": "04",
+    "data/chest_findings.py": "05",
+    "data/chest_lesions.py": "05",
+    "data/chest_reports.py": "05",
+    "data/ct_rate.py": "05",
+    "data/ct_shards.py": "05",
+    "models/contrastive.py": "05",
+    "models/ct_attention.py": "05",
+    "models/ctclip.py": "05",
+    "models/ctvit.py": "05",
+    "models/published_ctclip.py": "05",
+    "models/text_tower.py": "05",
 }
 HEAVY = (
     "torch",

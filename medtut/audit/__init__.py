@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from medtut.audit import classifier_checks as classifier
+from medtut.audit import ct_checks as ct
 from medtut.audit.adapters import find_adapters
 from medtut.audit.data_checks import hwc_viewed_as_chw, split_shares_a_patient
 from medtut.audit.detectors import (
@@ -50,6 +51,9 @@ _LOOKS_AT = {
     classifier.loss_at_class_prior: ("losses",),
     classifier.chosen_on_test: ("select",),
     classifier.layout_scrambles: ("layout",),
+    ct.hu_rescaled_twice: ("hu", "rescale"),
+    ct.switch_changes_nothing: ("switches",),
+    ct.bootstrap_of_zero_width: ("bootstrap", "intervals"),
 }
 DETECTORS = {one.__name__: one for one in _LOOKS_AT}
 

@@ -20,6 +20,7 @@ from medtut.errors import MedtutError
 AUDITED = (
     "model", "split", "images", "metric", "segmentation_loss", "evaluation",
     "predictions", "reported", "losses", "class_metric", "select", "layout",
+    "hu", "rescale", "switches", "bootstrap", "intervals",
 )  # fmt: skip
 
 
@@ -78,6 +79,17 @@ class Subject:
         or a threshold; see `chosen_on_test` for the parts.
     layout : callable, optional
         ``layout(picture) -> tensor``: your step from uint8 (H, W, 3) to (3, H, W).
+    hu : array, optional
+        A CT volume as your reader returns it: HU, or [-1, 1] as the model gets it.
+    rescale : callable, optional
+        ``rescale(stored, slope, intercept) -> HU``: your step from a file's numbers.
+    switches : mapping, optional
+        Name of an ablation switch to a pair (on, off) of functions that make the model,
+        or to the dotted name of the part of `model` that it is about.
+    bootstrap : callable, optional
+        ``bootstrap(scores, truth, seed)`` of arrays (N,) -> draws, or (low, high).
+    intervals : mapping, optional
+        Name of a score to (low, high), or [value, low, high].
     expects_adapters : bool, optional
         Whether finding no adapter at all is an error. By default only when a name in
         the model says that there should be some.
@@ -103,6 +115,11 @@ class Subject:
     class_metric: Callable[[Tensor, Tensor], Mapping[str, Any]] | None = None
     select: Callable[[dict, dict], Any] | None = None
     layout: Callable[[Any], Any] | None = None
+    hu: Any = None
+    rescale: Callable[[Any, float, float], Any] | None = None
+    switches: Mapping[str, Any] | None = None
+    bootstrap: Callable[[Any, Any, int], Any] | None = None
+    intervals: Mapping[str, Any] | None = None
     expects_adapters: bool | None = None
 
 
