@@ -1,6 +1,5 @@
 """The image tower: published shapes, and switches that do what they say."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
