@@ -8,14 +8,11 @@ them (`medtut.data.brain_mri`).
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +28,7 @@ from medtut.data.brain_anatomy import (
     draw_patient,
     recipe,
 )
-from medtut.data.cache import entry_path, writable_dir, write_by_rename
+from medtut.data.drawing import drawn_cohort, write_table
 from medtut.errors import MedtutError
 
 Layout = Literal["brats", "brats-men"]
@@ -114,38 +111,16 @@ class _Job(NamedTuple):
 def _cohort(
     key: dict[str, Any], jobs: list[_Job], difficulty: float, progress: bool
 ) -> Path:
-    folder = entry_path("brain_cohort", key)
-    passport = folder / "passport.json"
-    if passport.is_file():
-        return folder
-    writable_dir(folder)
-    _maps()  # once, before the threads
-    # Threads suffice: the arithmetic and the compression release the interpreter.
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda job: _one(job, difficulty, folder), jobs)
-        if progress:
-            from tqdm.auto import tqdm
-
-            found = tqdm(found, total=len(jobs), desc="drawing patients")
-        patients = dict(found)
-    text = {
+    said = {
         "source": "drawn by medtut on the MNI152 template",
         "licence": "CC BY 4.0 (drawing); MNI terms (template)",
-        **key,
-        "patients": patients,
     }
-    if "pictures" in key:
-        _patient_table(folder, patients)
-    write_by_rename(
-        passport, lambda p: p.write_text(json.dumps(text, indent=1), "utf-8") and None
-    )
-    return folder
+    each = {job.name: partial(_one, job, difficulty) for job in jobs}
+    finish = _patient_table if "pictures" in key else lambda *_: None
+    return drawn_cohort("brain_cohort", key, each, said, _maps, finish, progress)
 
 
-def _one(job: _Job, difficulty: float, folder: Path) -> tuple[str, dict[str, Any]]:
-    note = folder / ".done" / f"{job.name}.json"
-    if note.is_file():
-        return job.name, json.loads(note.read_text("utf-8"))
+def _one(job: _Job, difficulty: float, folder: Path) -> dict[str, Any]:
     patient = draw_patient(*job.drawn, difficulty)
     work = Path(tempfile.mkdtemp(prefix=".drawing-", dir=folder))
     try:
@@ -159,10 +134,9 @@ def _one(job: _Job, difficulty: float, folder: Path) -> tuple[str, dict[str, Any
             }
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
+        return facts
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    write_by_rename(note, lambda p: p.write_text(json.dumps(facts), "utf-8") and None)
-    return job.name, facts
 
 
 def _facts(patient: Patient) -> dict[str, Any]:
@@ -350,15 +324,8 @@ def _export(
 
 def _patient_table(folder: Path, patients: dict[str, Any]) -> None:
     """``patients.csv``: which file shows whom; the public set does not tell."""
-
-    def write(path: Path) -> None:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(["file", "patient", "kind"])
-            for name, facts in patients.items():
-                table.writerows([f, name, facts["kind"]] for f in facts["files"])
-
-    write_by_rename(folder / "patients.csv", write)
+    every = [(f, name, p["kind"]) for name, p in patients.items() for f in p["files"]]
+    write_table(folder / "patients.csv", ["file", "patient", "kind"], every)
 
 
 __all__ = ["CONTRASTS", "CohortSpec", "cohort_folder", "mri_folder", "version"]

@@ -19,6 +19,7 @@ import numpy as np
 
 from medtut.data.assets import fetch
 from medtut.data.cache import cached_arrays
+from medtut.data.ct_volume import load_image
 from medtut.errors import MedtutError
 
 LABELS = {
@@ -63,26 +64,8 @@ class Body:
 
 def axes(shape: tuple[int, ...], spacing: np.ndarray) -> list[np.ndarray]:
     """Positions (mm from the middle) of the voxels along every axis, broadcastable."""
-    grids = [
-        (np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing, strict=True)
-    ]
-    return [a.astype("f4") for a in np.meshgrid(*grids, indexing="ij", sparse=True)]
-
-
-def _real(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """HU, tumour and voxel size (mm), in RAS order."""
-    import nibabel
-    import nrrd
-
-    files, parts = fetch("pyradiomics-lung"), []
-    for part in ("image", "label"):
-        values, header = nrrd.read(str(files[f"{name}_{part}"]))
-        affine = np.diag([-1.0, -1, 1, 1])  # these files count to the left and back
-        affine[:3, :3] @= header["space directions"].T
-        image = nibabel.Nifti1Image(values.astype(np.float32), affine)
-        parts.append(nibabel.as_closest_canonical(image))
-    size = np.array(parts[0].header.get_zooms())
-    return parts[0].get_fdata(dtype=np.float32), parts[1].get_fdata() > 0, size
+    every = zip(np.ix_(*map(np.arange, shape)), shape, spacing, strict=True)
+    return [((i - (n - 1) / 2) * step).astype("f4") for i, n, step in every]
 
 
 def _biggest(mask: np.ndarray, count: int = 1) -> list[np.ndarray]:
@@ -102,11 +85,14 @@ def _filled(mask: np.ndarray) -> np.ndarray:
 
 def _on_grid(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """HU of the body alone (air elsewhere) and its tumour on the fine grid."""
+    from nibabel import as_closest_canonical
     from scipy import ndimage
 
-    how = recipe()
-    hu, tumour, size = _real(name)
-    size = size * how["bodies"][name]["scale"]
+    how, files = recipe(), fetch("pyradiomics-lung")
+    images = (load_image(files[f"{name}_{part}"]) for part in ("image", "label"))
+    ct, tumour = map(as_closest_canonical, images)
+    hu, tumour = ct.get_fdata(dtype=np.float32), tumour.get_fdata() > 0
+    size = np.array(ct.header.get_zooms()) * how["bodies"][name]["scale"]
     solid = ndimage.binary_opening(hu > -300, np.ones((5, 5, 1)))
     body = _biggest(ndimage.binary_erosion(solid, np.ones((5, 5, 1))))[0]
     body = _filled(ndimage.binary_dilation(body, np.ones((7, 7, 1))))
@@ -176,17 +162,6 @@ def _tree(body: dict[str, Any], labels: np.ndarray, spacing: np.ndarray) -> np.n
     return np.concatenate(found)
 
 
-def _nearest(
-    points: np.ndarray, shape: tuple[int, ...], spacing: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Distance (mm) of every voxel to the nearest point, up to 60, and its number."""
-    from scipy.spatial import cKDTree
-
-    grid = np.stack(np.broadcast_arrays(*axes(shape, spacing)), -1)
-    distance, number = cKDTree(points).query(grid, distance_upper_bound=60)
-    return np.minimum(distance, 60), np.minimum(number, len(points) - 1)
-
-
 def _lungs(hu: np.ndarray, windpipe: np.ndarray, edt: Any) -> np.ndarray:
     """1 in the right lung, 2 in the left, vessels included."""
     from scipy import ndimage
@@ -209,31 +184,29 @@ def _lobes(lung: np.ndarray) -> np.ndarray:
     """Codes of lobes; fissures are planes through each lung's own height and depth."""
     labels = np.zeros(lung.shape, np.uint8)
     for k, (top, middle, low) in ((1, (1, 2, 3)), (2, (4, 4, 5))):
-        ends = np.quantile(np.argwhere(lung == k), (0.005, 0.995), axis=0)
-        rel = [
-            (np.arange(n) - a) / (b - a)
-            for n, a, b in zip(lung.shape, *ends, strict=True)
-        ]
-        depth, height = 1 - rel[1][:, None], rel[2]
+        place = np.argwhere(lung == k)
+        start, end = np.quantile(place, (0.005, 0.995), axis=0)
+        _, front, height = ((place - start) / (end - start)).T
         upper = np.where(height < 0.47, middle, top)
-        labels = np.where(
-            lung == k, np.where(height < 0.02 + 0.68 * depth, low, upper), labels
-        )
+        lower = height < 0.02 + 0.68 * (1 - front)
+        labels[lung == k] = np.where(lower, low, upper)
     return labels
 
 
 def _prepare(name: str) -> dict[str, np.ndarray]:
     from scipy import ndimage
+    from scipy.spatial import cKDTree
 
     body, ways = recipe()["bodies"][name], recipe()["coronaries"].values()
     hu, tumour, spacing = _on_grid(name)
-    grow, edt = (
-        ndimage.binary_dilation,
-        partial(ndimage.distance_transform_edt, sampling=spacing),
-    )
+    grow = ndimage.binary_dilation
+    edt = partial(ndimage.distance_transform_edt, sampling=spacing)
+    grid = np.stack(np.broadcast_arrays(*axes(hu.shape, spacing)), -1)
 
     def near(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return _nearest(points, hu.shape, spacing)
+        """Distance (mm) of every voxel to the nearest point, up to 60; its number."""
+        distance, number = cKDTree(points).query(grid, distance_upper_bound=60)
+        return np.minimum(distance, 60), np.minimum(number, len(points) - 1)
 
     trachea = near(_polyline(body["trachea"]))[0]
     aorta = near(_polyline(body["aorta"]))[0] - body["aorta_radius"]
@@ -253,7 +226,6 @@ def _prepare(name: str) -> dict[str, np.ndarray]:
     lung = np.where(tumour, 1 if right else 2, lung)
     # Where no lung lies on the diaphragm (heart, spine), it is as high as beside.
     centre, radii = (np.array(body["heart"][k], float) for k in ("centre", "radii"))
-    grid = np.stack(np.broadcast_arrays(*axes(hu.shape, spacing)), -1)
     ball = np.linalg.norm((grid - centre) / radii, axis=-1)
     base = np.argmax(lung > 0, axis=2)
     seen = (lung > 0).any(2) & ~(ball < 1.15).any(2)
@@ -292,9 +264,8 @@ def _prepare(name: str) -> dict[str, np.ndarray]:
         "artery": artery, "coronary": coronary, "trachea": trachea,
     }  # fmt: skip
     hu = ndimage.gaussian_filter(hu.astype(np.float32), 0.45)  # as a coarser voxel sees
-    return {"hu": hu, "labels": labels.astype(np.uint8)} | {
-        f"field {k}": v.astype(np.float16) for k, v in fields.items()
-    }
+    maps = {f"field {k}": v.astype(np.float16) for k, v in fields.items()}
+    return {"hu": hu, "labels": labels.astype(np.uint8)} | maps
 
 
 @lru_cache(maxsize=2)

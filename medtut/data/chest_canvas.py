@@ -98,16 +98,15 @@ class Canvas:
 
     def _box(self, low: np.ndarray, high: np.ndarray) -> tuple[Any, np.ndarray]:
         """The part of the grid in a box (mm), and the sub-voxel points in it."""
-        low, high = (np.clip(end, 0, 2 * self.half).astype(int) for end in (
-            np.floor(low / self.spacing + self.half),
-            np.ceil(high / self.spacing + self.half)))  # fmt: skip
+        first = np.floor(low / self.spacing + self.half)
+        last = np.ceil(high / self.spacing + self.half)
+        first, last = np.clip((first, last), 0, 2 * self.half).astype(int)
+        every = zip(first, last + 1, SUB, self.half, self.spacing, strict=True)
         points = [
-            ((np.arange(i * n, (j + 1) * n) + 0.5) / n - 0.5 - half) * step
-            for i, j, n, half, step in zip(
-                low, high, SUB, self.half, self.spacing, strict=True
-            )
+            ((np.arange(i * n, j * n) + 0.5) / n - 0.5 - half) * step
+            for i, j, n, half, step in every
         ]
-        box = tuple(slice(i, j + 1) for i, j in zip(low, high, strict=True))
+        box = tuple(map(slice, first, last + 1))
         return box, np.stack(np.meshgrid(*points, indexing="ij"), -1)
 
     def _draw(self, box: Any, inside: np.ndarray, value: Any, allowed: Any) -> None:

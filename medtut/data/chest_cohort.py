@@ -6,22 +6,21 @@ reader of the real set then reads.
 
 from __future__ import annotations
 
-import csv
 import gzip
 import hashlib
-import json
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from medtut.data.cache import entry_path, writable_dir, write_by_rename
+from medtut.data.cache import write_by_rename
 from medtut.data.chest_anatomy import LABELS, load_body, recipe
 from medtut.data.chest_findings import ChestPatient, draw_patient
 from medtut.data.chest_reports import report
+from medtut.data.drawing import drawn_cohort, write_table
 from medtut.errors import MedtutError
 
 LONG = {"train": "train", "valid": "validation"}  # CT-RATE uses both words
@@ -82,55 +81,30 @@ def chest_folder(spec: ChestSpec, progress: bool = False) -> Path:
             f"some of {', '.join(how['findings'])}."
         )
     key = {"version": how["version"], "anatomy": how["anatomy_version"], **asdict(spec)}
-    folder = entry_path("chest_cohort", key)
-    passport = folder / "passport.json"
-    if passport.is_file():
-        return folder
-    writable_dir(folder)
-    for name in bodies:  # once, before the threads
-        load_body(name)
-
-    def one(n: int) -> tuple[str, dict[str, Any]]:
-        return _one(spec, bodies[n % len(bodies)], n, folder)
-
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        found = pool.map(one, range(spec.first, spec.first + spec.count))
-        if progress:
-            from tqdm.auto import tqdm
-
-            found = tqdm(found, total=spec.count, desc="drawing chests")
-        patients = dict(found)
-    _tables(folder / "dataset", spec, patients)
+    jobs = {
+        f"{spec.split}_{n + 1}_a_1.nii.gz": partial(
+            _one, spec, bodies[n % len(bodies)], n
+        )
+        for n in range(spec.first, spec.first + spec.count)
+    }
     source = "drawn by medtut on two real CTs of pyradiomics (BSD-3-Clause)"
-    licence = {"source": source, "licence": "CC BY 4.0 (drawing)"}
-    _json(passport, licence | key | {"patients": patients})
-    return folder
+    said = {"source": source, "licence": "CC BY 4.0 (drawing)"}
+    templates, tables = lambda: list(map(load_body, bodies)), partial(_tables, spec)
+    return drawn_cohort("chest_cohort", key, jobs, said, templates, tables, progress)
 
 
-def _one(spec: ChestSpec, body: str, number: int, folder: Path) -> tuple[str, Any]:
-    person = f"{spec.split}_{number + 1}"
-    name = f"{person}_a_1.nii.gz"
-    note = folder / ".done" / f"{person}.json"
-    if note.is_file():
-        return name, json.loads(note.read_text("utf-8"))
+def _one(spec: ChestSpec, body: str, number: int, folder: Path) -> dict[str, Any]:
     patient = draw_patient(body, spec.scanner, (spec.seed, number), spec.difficulty)
-    target = folder / "dataset" / spec.split / person / f"{person}_a" / name
-    write_by_rename(target, lambda p: _nifti(p, patient, spec.scanner))
-    content = target.read_bytes()
+    scan = f"{spec.split}_{number + 1}_a"
+    file = f"dataset/{spec.split}/{scan[:-2]}/{scan}/{scan}_1.nii.gz"
+    write_by_rename(folder / file, lambda p: _nifti(p, patient, spec.scanner))
+    content = (folder / file).read_bytes()
     rng = np.random.default_rng([spec.seed, number, recipe()["version"]])
-    facts = _facts(patient) | {
-        "body": body,
-        "file": target.relative_to(folder).as_posix(),
-        "bytes": len(content),
+    return _facts(patient) | {
+        "body": body, "file": file, "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
         "report": report(patient, rng, frozenset(spec.withheld)),
-    }
-    _json(note, facts)
-    return name, facts
-
-
-def _json(path: Path, value: Any) -> None:
-    write_by_rename(path, lambda p: p.write_text(json.dumps(value), "utf-8") and None)
+    }  # fmt: skip
 
 
 def _nifti(path: Path, patient: ChestPatient, scanner: str) -> None:
@@ -158,30 +132,25 @@ def _facts(patient: ChestPatient) -> dict[str, Any]:
     }
 
 
-def _tables(root: Path, spec: ChestSpec, patients: dict[str, Any]) -> None:
+def _tables(spec: ChestSpec, folder: Path, patients: dict[str, Any]) -> None:
     """Reports, labels and metadata, with CT-RATE's names of files and columns."""
-    findings, long = list(recipe()["findings"]), LONG[spec.split]
-    x, _, z = recipe()["spacing"]
+    long, (x, _, z) = LONG[spec.split], recipe()["spacing"]
+    columns, rows, slices = recipe()["shape"]
     meta = {
         "Manufacturer": f"medtut drawn {spec.scanner}", "RescaleIntercept": -1024,
-        "RescaleSlope": 1, "XYSpacing": f"[{x}, {x}]", "ZSpacing": z,
-        "Rows": recipe()["shape"][1], "Columns": recipe()["shape"][0],
-        "NumberofSlices": recipe()["shape"][2], "PatientPosition": "FFS",
+        "RescaleSlope": 1, "XYSpacing": f"[{x}, {x}]", "ZSpacing": z, "Rows": rows,
+        "Columns": columns, "NumberofSlices": slices, "PatientPosition": "FFS",
     }  # fmt: skip
-    tables = {
-        f"radiology_text_reports/{long}_reports.csv": {
-            name: facts["report"] for name, facts in patients.items()},
-        f"multi_abnormality_labels/{spec.split}_predicted_labels.csv": {
-            name: {f: int(f in facts["findings"]) for f in findings}
-            for name, facts in patients.items()},
-        f"metadata/{long}_metadata.csv": dict.fromkeys(patients, meta),
-    }  # fmt: skip
-    for path, rows in tables.items():
-        write_by_rename(root / path, lambda p, rows=rows: _csv(p, rows))
 
+    def labels(facts: dict[str, Any]) -> dict[str, int]:
+        return {f: int(f in facts["findings"]) for f in recipe()["findings"]}
 
-def _csv(path: Path, rows: dict[str, dict[str, Any]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, ["VolumeName", *next(iter(rows.values()))])
-        table.writeheader()
-        table.writerows({"VolumeName": name} | row for name, row in rows.items())
+    for path, row in {
+        f"radiology_text_reports/{long}_reports.csv": itemgetter("report"),
+        f"multi_abnormality_labels/{spec.split}_predicted_labels.csv": labels,
+        f"metadata/{long}_metadata.csv": lambda facts: meta,
+    }.items():
+        table = {name: row(facts) for name, facts in patients.items()}
+        header = ["VolumeName", *next(iter(table.values()))]
+        lines = [(name, *cells.values()) for name, cells in table.items()]
+        write_table(folder / "dataset" / path, header, lines)

@@ -21,22 +21,16 @@ from medtut.errors import MedtutError
 
 # Lung first, then what covers lung, then the mediastinum, metal last.
 PAINTERS = {
-    "Emphysema": draw.emphysema,
-    "Mosaic attenuation pattern": draw.mosaic,
-    "Interlobular septal thickening": draw.septal,
-    "Lung opacity": draw.opacity,
-    "Pulmonary fibrotic sequela": draw.fibrosis,
-    "Atelectasis": draw.atelectasis,
-    "Consolidation": draw.consolidation,
-    "Lung nodule": draw.nodule,
-    "Pleural effusion": draw.effusion,
-    "Lymphadenopathy": draw.nodes,
-    "Pericardial effusion": draw.pericardial,
-    "Hiatal hernia": draw.hernia,
+    "Emphysema": draw.emphysema, "Mosaic attenuation pattern": draw.mosaic,
+    "Interlobular septal thickening": draw.septal, "Lung opacity": draw.opacity,
+    "Pulmonary fibrotic sequela": draw.fibrosis, "Atelectasis": draw.atelectasis,
+    "Consolidation": draw.consolidation, "Lung nodule": draw.nodule,
+    "Pleural effusion": draw.effusion, "Lymphadenopathy": draw.nodes,
+    "Pericardial effusion": draw.pericardial, "Hiatal hernia": draw.hernia,
     "Arterial wall calcification": draw.arterial,
     "Coronary artery wall calcification": draw.coronary,
     "Medical material": draw.device,
-}
+}  # fmt: skip
 TUBES = ("airway", "radius", "artery")
 AIRWAYS = ("Bronchiectasis", "Peribronchial thickening")
 
@@ -76,10 +70,9 @@ class ChestPatient:
 
 
 def sample_findings(
-    rng: np.random.Generator,
-    difficulty: float = 1.0,
+    rng: np.random.Generator, difficulty: float = 1.0,
     prevalence: dict[str, float] | None = None,
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """Severity (0..1) of every finding a patient has; nothing is drawn.
 
     Higher `difficulty` makes mild cases more frequent. `prevalence` replaces that of
@@ -164,10 +157,8 @@ def _deform(
     ratio of heart to chest; `wide` is the severity of cardiomegaly, or less than 0.
     """
     how = recipe()
-    number, coarse, fine = (
-        how["anatomy"],
-        *map(how["anatomy"].get, ("coarse", "fine")),
-    )
+    number = how["anatomy"]
+    coarse, fine = number["coarse"], number["fine"]
     grow = 1 + rng.uniform(-1, 1, 3) * number["scale"]
     turn = rng.uniform(-1, 1) * number["rotation"]
     grid = axes(tuple(how["shape"]), np.array(how["spacing"]))
@@ -190,10 +181,11 @@ def _deform(
     low, high = number["ratio"]["healthy" if wide < 0 else "cardiomegaly"]
     ratio = low + (high - low) * (rng.random() if wide < 0 else wide)
     shift, ball = rng.normal(0, number["heart_shift"], 3), how["bodies"][name]["heart"]
-    centre, radii = (
-        np.array(ball[k], np.float32)[:, None, None, None] for k in ("centre", "radii")
+    centre, radii, moved = (
+        np.array(v, np.float32)[:, None, None, None]
+        for v in (ball["centre"], ball["radii"], shift)
     )
-    off = at - (centre + shift.astype(np.float32)[:, None, None, None])
+    off = at - (centre + moved)
     rho = np.sqrt(((off / radii) ** 2).sum(0))
     fade = np.clip((2.0 - rho) / 0.85, 0, 1)
     fade = fade * fade * (3 - 2 * fade)
@@ -279,12 +271,9 @@ def _scan(c: Canvas, rng: np.random.Generator, scanner: str) -> np.ndarray:
 
 
 def draw_patient(
-    body: str,
-    scanner: str,
-    seed: tuple[int, ...],
-    difficulty: float = 1.0,
+    body: str, scanner: str, seed: tuple[int, ...], difficulty: float = 1.0,
     prevalence: dict[str, float] | None = None,
-) -> ChestPatient:
+) -> ChestPatient:  # fmt: skip
     """Draw one patient.
 
     Parameters
@@ -320,13 +309,12 @@ def draw_patient(
     names, maps, labels = _stack(body)
     f = dict(zip(names, _look(maps, at), strict=True))
     here = _look(labels, at, "nearest")[0].astype(np.uint8)
-    marks = load_body(body).marks
+    marks = how["bodies"][body]
 
     def tubes(points: np.ndarray) -> np.ndarray:
         return _look(maps[:, : len(TUBES)], points.T)
 
-    hu = f["hu"].copy()
-    c = Canvas(hu, here, f, at, rng, noise, tubes, marks, difficulty)
+    c = Canvas(f["hu"].copy(), here, f, at, rng, noise, tubes, marks, difficulty)
     facts = _tissue(c, rng, scanner) | {"ratio": round(ratio, 2)}
     _innocent(c, rng)
     c.rng, c.noise = start(3)
@@ -343,9 +331,8 @@ def draw_patient(
         wide = _width(heart, spacing[0])
         told["Cardiomegaly"] = draw.said("", wide, detail=facts["ratio"])
     found = {
-        n: Drawn(round(wanted[n], 4), voxels=int(masks[n].sum()), **told[n])
-        for n in how["findings"]
-        if n in wanted
+        n: Drawn(round(s, 4), voxels=int(masks[n].sum()), **told[n])
+        for n, s in wanted.items()
     }
     hu = _scan(c, start(2)[0], scanner)
     return ChestPatient(hu, found, {n: masks[n] for n in found}, here, facts, spacing)

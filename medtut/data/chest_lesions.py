@@ -26,6 +26,11 @@ def said(lobes: list[int] | str = "", size: float = 0.0, **more: Any) -> dict[st
     return {"side": side, "lobe": lobe, "size_mm": round(size, 1), **more}
 
 
+def _plan(c: Canvas, name: str, s: float, count: int) -> tuple[float, list, float]:
+    """Size (mm), the different lobes it is in, and density (HU) of a finding."""
+    return c.size(name, s), c.lobes(name, count), c.value(name)
+
+
 def nodule(c: Canvas, s: float) -> dict[str, Any]:
     """One to three spiculated or smooth spheres of soft tissue."""
     name, rng = "Lung nodule", c.rng
@@ -53,19 +58,17 @@ def _region(c: Canvas, lobe: int, radius: float, ragged: float) -> np.ndarray:
 
 def opacity(c: Canvas, s: float) -> dict[str, Any]:
     """Ground glass: patches of raised density with soft edges, vessels kept."""
-    size = c.size("Lung opacity", s)
-    lobes = c.lobes("Lung opacity", 1 + int(c.rng.integers(0, 3)))
-    rise = c.value("Lung opacity") / c.difficulty**0.5
+    size, lobes, rise = _plan(c, "Lung opacity", s, 1 + int(c.rng.integers(0, 3)))
     for k in lobes:
-        c.hu += _region(c, k, size / 2, 0.3) * rise * soft(c.hu + 350, 150)
+        faint = rise / c.difficulty**0.5
+        c.hu += _region(c, k, size / 2, 0.3) * faint * soft(c.hu + 350, 150)
     return said(lobes, size)
 
 
 def consolidation(c: Canvas, s: float) -> dict[str, Any]:
     """Airless lung around open bronchi."""
-    size = c.size("Consolidation", s)
-    lobes = c.lobes("Consolidation", 1 + int(c.rng.random() < 0.25))
-    value = c.value("Consolidation")
+    count = 1 + int(c.rng.random() < 0.25)
+    size, lobes, value = _plan(c, "Consolidation", s, count)
     for k in lobes:
         cover = np.clip(_region(c, k, size / 2, 0.35) * 1.6 - 0.2, 0, 1)
         air = soft(c.f["airway"] - 0.8 * c.f["radius"], 1.8) * 0.8
@@ -77,9 +80,8 @@ def atelectasis(c: Canvas, s: float) -> dict[str, Any]:
     """Plates of collapsed lung, or a dependent wedge where it is more."""
     from scipy.spatial.transform import Rotation
 
-    size = c.size("Atelectasis", s)
-    lobes = c.lobes("Atelectasis", 1 + int(c.rng.random() < 0.35))
-    value = c.value("Atelectasis")
+    count = 1 + int(c.rng.random() < 0.35)
+    size, lobes, value = _plan(c, "Atelectasis", s, count)
     for k in lobes:
         inside = c.lobe == k
         if size < 45:  # a band, touching the pleura
@@ -134,17 +136,15 @@ def emphysema(c: Canvas, s: float) -> dict[str, Any]:
     level = np.quantile(holes[upper], 1 - share / 100)
     depth = soft(2 - c.depth, 2) * soft(c.hu + 650, 60)
     weight = upper + 0.45 * np.isin(c.labels, (2, 3, 5))
-    cover = np.clip((holes - level) / 0.25, 0, 1) * depth
-    c.put(cover * weight, c.value("Emphysema"))
+    cover = np.clip((holes - level) / 0.25, 0, 1) * depth * weight
+    c.put(cover, c.value("Emphysema"))
     return said("bilateral", detail=round(share, 1))
 
 
 def fibrosis(c: Canvas, s: float) -> dict[str, Any]:
     """Bands and streaks from an apex, with a thick cap of pleura."""
     name, rng = "Pulmonary fibrotic sequela", c.rng
-    size = c.size(name, s)
-    lobes = c.lobes(name, 1 + int(rng.random() < 0.4))
-    value = c.value(name)
+    size, lobes, value = _plan(c, name, s, 1 + int(rng.random() < 0.4))
     for k in lobes:
         lung, apex = c.lobe == k, k in (1, 4)
         levels = np.flatnonzero(lung.any((0, 1)))
@@ -223,14 +223,12 @@ def hernia(c: Canvas, s: float) -> dict[str, Any]:
     return said("", size)
 
 
-def _plaques(
-    c: Canvas, name: str, wall: np.ndarray, s: float, n: int
-) -> dict[str, Any]:
+def _plaques(c: Canvas, name: str, wall: np.ndarray, s: float, n: int) -> dict:
     size, near = c.size(name, s), wall
     for _ in range(n):
         spot = c.spot(near, wall)
-        r = size / 2 * c.rng.uniform(0.6, 1.0)
-        c.blob(spot, r * np.array([1.0, 0.75, 1.1]), c.value(name), c.labels > 6)
+        radii = size / 2 * c.rng.uniform(0.6, 1.0) * np.array([1.0, 0.75, 1.1])
+        c.blob(spot, radii, c.value(name), c.labels > 6)
         near = wall
         if c.rng.random() < 0.6:  # they come in rows
             off = (c.x - spot[0]) ** 2 + (c.y - spot[1]) ** 2 + (c.z - spot[2]) ** 2
@@ -287,10 +285,9 @@ def device(c: Canvas, s: float) -> dict[str, Any]:
 def bronchi(c: Canvas, wide: dict[int, float], thick: dict[int, float]) -> None:
     """Bronchi with their arteries; factors of lumen and mm of wall by lobe."""
     near = (c.f["airway"] < 9) & (c.depth > 0) & (c.hu < -200)
-    lobe = c.labels[near]
-    lumen = np.array([wide.get(k, 1.0) for k in range(16)])[lobe]
-    more = np.array([thick.get(k, 0.0) for k in range(16)])[lobe]
-    covers = np.zeros((3, len(lobe)))
+    lumen = np.array([wide.get(k, 1.0) for k in range(16)])[c.labels[near]]
+    more = np.array([thick.get(k, 0.0) for k in range(16)])[c.labels[near]]
+    covers = np.zeros((3, len(lumen)))
     ends = (-0.25, 0.25)
     for shift in np.array([(i, j, k) for i in ends for j in ends for k in ends]):
         away, radius, beside = c.tubes(c.at[:, near].T + shift * c.spacing)

@@ -13,6 +13,8 @@ import numpy as np
 
 from medtut.data.chest_findings import ChestPatient
 
+_NONE: frozenset[str] = frozenset()
+
 
 @lru_cache(maxsize=1)
 def phrases() -> dict[str, Any]:
@@ -33,9 +35,7 @@ def _words(name: str, patient: ChestPatient) -> dict[str, str]:
     degree = text["degrees"][min(2, int(3 * drawn.severity))]
     side = "both" if drawn.side == "bilateral" else f"the {drawn.side}"
     lungs = "both lungs" if drawn.side == "bilateral" else f"{side} lung"
-    kind = (
-        text["devices"].get(drawn.detail, "") if isinstance(drawn.detail, str) else ""
-    )
+    kind = text["devices"].get(drawn.detail, "")
     return {
         "degree": degree, "Degree": degree.capitalize(), "mm": f"{drawn.size_mm:.0f}",
         "cm": f"{drawn.size_mm / 10:.1f}", "side": drawn.side, "lungs": lungs,
@@ -46,9 +46,7 @@ def _words(name: str, patient: ChestPatient) -> dict[str, str]:
 
 
 def sentences(
-    patient: ChestPatient,
-    rng: np.random.Generator,
-    withheld: frozenset[str] = frozenset(),
+    patient: ChestPatient, rng: np.random.Generator, withheld: frozenset[str] = _NONE
 ) -> list[tuple[str, str | None, bool]]:
     """Sentences of the findings section, in the order of the report.
 
@@ -77,16 +75,13 @@ def sentences(
 
 
 def report(
-    patient: ChestPatient,
-    rng: np.random.Generator,
-    withheld: frozenset[str] = frozenset(),
+    patient: ChestPatient, rng: np.random.Generator, withheld: frozenset[str] = _NONE
 ) -> dict[str, str]:
     """The four sections of a report, named as CT-RATE's columns.
 
     The impression repeats what is present, in other words, the severest first.
     """
-    text = phrases()
-    said = sentences(patient, rng, withheld)
+    text, said = phrases(), sentences(patient, rng, withheld)
     present = [name for name in patient.findings if name not in withheld]
     present.sort(key=lambda n: -patient.findings[n].severity)
     short = [

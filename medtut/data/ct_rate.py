@@ -42,11 +42,9 @@ FINDINGS = (
     "Interlobular septal thickening",
 )  # fmt: skip
 PARTS = {
-    "findings": "Findings_EN",
-    "impression": "Impressions_EN",
-    "clinical": "ClinicalInformation_EN",
-    "technique": "Technique_EN",
-}
+    "findings": "Findings_EN", "impression": "Impressions_EN",
+    "clinical": "ClinicalInformation_EN", "technique": "Technique_EN",
+}  # fmt: skip
 SPLITS = {"train": "train", "valid": "validation"}  # folder -> how reports name it
 RESCALE = ("RescaleSlope", "RescaleIntercept")
 EMPTY = ("not given.", "nan")
@@ -150,27 +148,22 @@ def read_table(path: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
 
 def _cell(path: Path, name: str, column: str, row: dict[str, str], wanted: str) -> Any:
     """Read a number, or a list of them; "0 or 1" is checked too."""
+    facts = {"column": column, "value": row[column], "wanted": wanted}
     try:
         value = np.asarray(ast.literal_eval(row[column]), float)
-        fits = value.shape == ((2,) if wanted[0] == "[" else ())
-        if not (fits and np.isfinite(value).all()):
-            raise ValueError
-        if wanted == "0 or 1" and value not in (0, 1):
-            raise ValueError
-        return value.tolist()
     except (ValueError, SyntaxError, TypeError):
-        facts = {"column": column, "value": row[column], "wanted": wanted}
         raise fault("cell", path=path, name=name, **facts) from None
+    shape = (2,) if wanted[0] == "[" else ()
+    bad = value.shape != shape or not np.isfinite(value).all()
+    if bad or (wanted == "0 or 1" and value not in (0, 1)):
+        raise fault("cell", path=path, name=name, **facts)
+    return value.tolist()
 
 
 def find_volumes(
-    root: Path | str,
-    split: str = "train",
-    *,
-    labels: bool = True,
-    rescale: bool = True,
-    missing: str = "error",
-) -> list[Record]:
+    root: Path | str, split: str = "train", *,
+    labels: bool = True, rescale: bool = True, missing: str = "error",
+) -> list[Record]:  # fmt: skip
     """List the volumes of one split with their reports, labels and metadata.
 
     Parameters
@@ -212,10 +205,8 @@ def find_volumes(
     rescale = rescale and split == base
     paths: dict[str, Path] = {}
     for path in sorted(folder.rglob("[!.]*.nii*")):  # not macOS's ._name
-        if path.name in paths:
-            one = paths[path.name]
+        if (one := paths.setdefault(path.name, path)) != path:
             raise fault("file_twice", name=path.name, one=one, other=path)
-        paths[path.name] = path
     if not paths:
         raise fault("no_volume", folder=folder, split=split)
     report = root / "radiology_text_reports" / f"{SPLITS[base]}_reports.csv"
@@ -282,12 +273,10 @@ def _content(path: Path) -> list:
 
 
 def load(
-    records: Sequence[Record],
-    size: tuple[int, int, int] = SIZE,
+    records: Sequence[Record], size: tuple[int, int, int] = SIZE,
     spacing: tuple[float, float, float] = SPACING,
-    window: tuple[float, float] = WINDOW,
-    progress: bool = True,
-) -> np.ndarray:
+    window: tuple[float, float] = WINDOW, progress: bool = True,
+) -> np.ndarray:  # fmt: skip
     """Read and prepare all volumes once; afterwards they are mapped from the cache.
 
     Parameters
@@ -314,19 +303,15 @@ def load(
     if not records:
         raise fault("no_records")
     shape = (len(records), *size)
-    key = {
-        "version": VERSION,
-        "grid": [list(size), list(map(float, spacing)), list(map(float, window))],
-        "volumes": [
-            [r.name, *_content(r.path), r.slope, r.intercept, r.spacing]
-            for r in records
-        ],
-    }
+    grid = [list(size), list(map(float, spacing)), list(map(float, window))]
+    volumes = [
+        [r.name, *_content(r.path), r.slope, r.intercept, r.spacing] for r in records
+    ]
+    key = {"version": VERSION, "grid": grid, "volumes": volumes}
 
     def make(path: Path) -> None:
         array = np.lib.format.open_memmap(path, "w+", np.float16, shape)
-        bar = tqdm(records, "reading CT", unit="volume", disable=not progress)
-        for i, r in enumerate(bar):
+        for i, r in enumerate(tqdm(records, "reading CT", disable=not progress)):
             ct = read_hu(r.path, r.slope, r.intercept, r.spacing)
             array[i] = prepare(ct, size, spacing, window)[0]
         array.flush()

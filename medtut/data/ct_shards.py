@@ -39,12 +39,9 @@ def _sound(volume: np.ndarray, shape: Sequence[int], where: str) -> np.ndarray:
 
 
 def write_shards(
-    records: Sequence[Record],
-    folder: Path | str,
-    per_shard: int = 64,
-    volumes: np.ndarray | None = None,
-    parts: Sequence[str] = ("findings", "impression"),
-) -> list[Path]:
+    records: Sequence[Record], folder: Path | str, per_shard: int = 64,
+    volumes: np.ndarray | None = None, parts: Sequence[str] = ("findings", "impression")
+) -> list[Path]:  # fmt: skip
     """Write records as shards ``shard-000000.tar`` and so on, each by rename.
 
     Parameters
@@ -79,16 +76,14 @@ def write_shards(
     for start in range(0, len(records), per_shard):
         path, ends = folder / f"shard-{len(shards):06d}.tar", {}
         with renamed(path, CTError) as partial, tarfile.open(partial, "w") as tar:
-            for i in range(start, min(start + per_shard, len(records))):
-                r, array = records[i], io.BytesIO()
-                where = f"{path}, key {r.key}"
-                one = np.asarray(volumes[i], np.float16)
-                np.save(array, _sound(one, volumes.shape[1:], where))
+            for i, r in enumerate(records[start : start + per_shard], start):
+                one, array = np.asarray(volumes[i], np.float16), io.BytesIO()
+                np.save(array, _sound(one, volumes.shape[1:], f"{path}, key {r.key}"))
                 label = None if r.labels is None else r.labels.tolist()
                 facts = {"name": r.name, "patient": r.patient, "labels": label}
-                words = (text(r, parts).encode(), json.dumps(facts).encode())
-                contents = (array.getvalue(), *words)
-                for suffix, content in zip(SUFFIXES, contents, strict=True):
+                words = text(r, parts).encode(), json.dumps(facts).encode()
+                members = zip(SUFFIXES, (array.getvalue(), *words), strict=True)
+                for suffix, content in members:
                     # No time and no owner: the same input is the same file.
                     info = tarfile.TarInfo(r.key + suffix)
                     info.size = len(content)
@@ -106,16 +101,15 @@ def _index(path: Path, verify: bool) -> dict[str, Any]:
     beside = path.with_name(path.name + ".json")
     try:
         index = json.loads(beside.read_text(encoding="utf-8"))
-        ends, wanted = index["ends"], index["bytes"]
-        size = path.stat().st_size
+        ends, wanted, size = index["ends"], index["bytes"], path.stat().st_size
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise fault("index", path=path, beside=beside.name, error=error) from error
     if size != wanted:
         lost = [key for key, end in ends.items() if end > size]
         sizes = {"size": size, "wanted": wanted, "count": len(lost), "all": len(ends)}
-        what = "cut off" if size < wanted else "too long"
-        first = f" from key {lost[0]} on" if lost else ""
-        raise fault("truncated", path=path, what=what, first=first, **sizes)
+        sizes["what"] = "cut off" if size < wanted else "too long"
+        sizes["first"] = f" from key {lost[0]} on" if lost else ""
+        raise fault("truncated", path=path, **sizes)
     if verify and sha256_of(path) != index["sha256"]:
         raise fault("changed", path=path)
     return index
@@ -147,40 +141,33 @@ def read_shards(
         No shard, no index, a shard cut off or changed; a missing member, another shape,
         NaN or a broken member, by key.
     """
-    asked = pattern
+    found = pattern
     if isinstance(pattern, str | Path):
         one = Path(pattern)
-        pattern = glob.glob(str(one / "*.tar" if one.is_dir() else one))
-    shards = sorted(map(Path, pattern))
-    if not shards:
-        raise fault("no_shard", pattern=asked)
-    rng = None if seed is None else np.random.default_rng(seed)
-    for shard in shards if rng is None else rng.permutation(shards):
-        path = Path(shard)
+        found = glob.glob(str(one / "*.tar" if one.is_dir() else one))
+    if not (shards := sorted(map(Path, found))):
+        raise fault("no_shard", pattern=pattern)
+    order = list if seed is None else np.random.default_rng(seed).permutation
+    for path in map(Path, order(shards)):
         index = _index(path, verify)
-        keys, shape = list(index["ends"]), index["shape"]
         try:
             with tarfile.open(path) as tar:
-                members = {m.name: m for m in tar}
-                for key in keys if rng is None else rng.permutation(keys).tolist():
-                    yield _sample(tar, members, key, shape, path)
+                for key in map(str, order(list(index["ends"]))):
+                    yield _sample(tar, key, index["shape"], path)
         except tarfile.TarError as error:
             raise fault("damaged", where=path, error=error) from error
 
 
-def _sample(
-    tar: tarfile.TarFile, members: dict, key: str, shape: list[int], path: Path
-) -> dict[str, Any]:
-    where = f"{path}, key {key}"
-    if lost := ", ".join(key + s for s in SUFFIXES if key + s not in members):
+def _sample(tar: tarfile.TarFile, key: str, shape: list[int], path: Path) -> dict:
+    where, names = f"{path}, key {key}", [key + suffix for suffix in SUFFIXES]
+    if lost := ", ".join(n for n in names if n not in tar.getnames()):
         raise fault("member", where=where, lost=lost)
     try:
-        parts = (tar.extractfile(members[key + s]).read() for s in SUFFIXES)
-        array, words, facts = parts
+        array, words, facts = (tar.extractfile(n).read() for n in names)
         volume = np.load(io.BytesIO(array), allow_pickle=False)
         said = {"key": key, "text": words.decode("utf-8"), **json.loads(facts)}
-        labels = said["labels"]
+        if said["labels"] is not None:
+            said["labels"] = np.array(said["labels"], np.uint8)
     except (OSError, ValueError, KeyError, TypeError, tarfile.TarError) as error:
         raise fault("damaged", where=where, error=repr(error)) from error
-    said["labels"] = None if labels is None else np.array(labels, np.uint8)
     return said | {"volume": _sound(volume, shape, where)}

@@ -83,8 +83,7 @@ def load_image(path: Path | str) -> Any:
     try:
         if path.suffix.lower() not in (".nrrd", ".nhdr"):
             image = nibabel.load(path)
-            codes = [image.header[c] for c in ("sform_code", "qform_code")]
-            if not any(codes):
+            if not (image.header["sform_code"] or image.header["qform_code"]):
                 raise ValueError("its header has no orientation (both codes are 0)")
             return image
         import nrrd
@@ -127,11 +126,9 @@ def looks_like(values: np.ndarray) -> str:
 
 
 def read_hu(
-    path: Path | str,
-    slope: float | None = None,
-    intercept: float | None = None,
+    path: Path | str, slope: float | None = None, intercept: float | None = None,
     spacing: Sequence[float] | None = None,
-) -> CT:
+) -> CT:  # fmt: skip
     """Read a CT volume in Hounsfield units, rescaled exactly once.
 
     Parameters
@@ -210,12 +207,10 @@ def read_hu(
 
 
 def prepare(
-    ct: CT,
-    size: tuple[int, int, int] = SIZE,
+    ct: CT, size: tuple[int, int, int] = SIZE,
     spacing: tuple[float, float, float] = SPACING,
-    window: tuple[float, float] = WINDOW,
-    antialias: bool = True,
-) -> np.ndarray:
+    window: tuple[float, float] = WINDOW, antialias: bool = True,
+) -> np.ndarray:  # fmt: skip
     """Resample, window and cut a CT to the input of the model.
 
     As published (CT-CLIP, `scripts/data.py`): linear resampling with `align_corners`
@@ -250,9 +245,8 @@ def prepare(
     volume = torch.from_numpy(np.ascontiguousarray(ct.hu.T[:, ::-1, ::-1]))
     old, own = volume.shape, ct.spacing[::-1]
     # 1e-6: 96 · 3.6 / 3.6 is 96 in numbers too.
-    new = [
-        max(1, int(n * a / b + 1e-6)) for n, a, b in zip(old, own, spacing, strict=True)
-    ]
+    ratios = zip(old, own, spacing, strict=True)
+    new = [max(1, int(n * a / b + 1e-6)) for n, a, b in ratios]
     # A linear filter is separable, and torch averages in two dimensions only: first
     # rows and columns of every slice, then slices, with a picture as the other axis.
     how = {"mode": "bilinear", "align_corners": False, "antialias": antialias}

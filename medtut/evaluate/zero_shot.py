@@ -185,9 +185,8 @@ def _orders(patients: int, draws: int, seed: int) -> np.ndarray:
 
 def _averages(table: np.ndarray, share: np.ndarray) -> dict[str, Score]:
     """Averages with weights (K,) over the findings that have a number."""
-    there = np.isfinite(table) * share[:, None]
-    with np.errstate(invalid="ignore"):
-        return _scored((np.nan_to_num(table) * there).sum(1) / there.sum(1))
+    known = np.ma.masked_invalid(table)
+    return _scored(np.ma.average(known, axis=1, weights=share).filled(np.nan))
 
 
 def _scored(columns: np.ndarray) -> dict[str, Score]:
@@ -198,14 +197,10 @@ def _scored(columns: np.ndarray) -> dict[str, Score]:
 
 
 def findings_report(
-    scores: Array,
-    truth: Array,
-    thresholds: Array | None = None,
-    names: Sequence[str] | None = None,
-    groups: Sequence[Any] | None = None,
-    draws: int = 1000,
-    seed: int = 0,
-) -> FindingsReport:
+    scores: Array, truth: Array, thresholds: Array | None = None,
+    names: Sequence[str] | None = None, groups: Sequence[Any] | None = None,
+    draws: int = 1000, seed: int = 0,
+) -> FindingsReport:  # fmt: skip
     """Judge scores of findings, with 95 % percentile intervals over patients.
 
     Parameters
@@ -245,25 +240,22 @@ def findings_report(
     n, k = s.shape
     named = list(map(str, range(k)) if names is None else names)
     cuts = np.full(k, 0.5) if thresholds is None else np.ravel(thresholds).astype(float)
-    groups = np.arange(n) if groups is None else groups
-    _, group = np.unique(groups, return_inverse=True)
+    group = np.unique(range(n) if groups is None else groups, return_inverse=True)[1]
     if (got := [len(set(named)), len(cuts), len(group)]) != [k, k, n]:
-        said = f"{got} different names, thresholds and groups, not {[k, k, n]}"
+        said = f"{got} different names, thresholds, groups, not {[k, k, n]}"
         raise MedtutError(f"Scores {s.shape} come with {said}.")
     patients, support = int(group.max()) + 1, y.sum(0)
     order = _orders(patients, draws, seed)
-    table = np.full((1 + draws, k, len(METRICS)), np.nan)
-    report = FindingsReport(findings=dict.fromkeys(named), without=[])
-    report.table = table
-    for c, name in enumerate(named):
-        if not 0 < support[c] < n:
-            report["without"].append(name)
-            continue
+    report = FindingsReport(findings=dict.fromkeys(named))
+    report.table = table = np.full((1 + draws, k, len(METRICS)), np.nan)
+    both = (support > 0) & (support < n)
+    report["without"] = [named[c] for c in np.flatnonzero(~both)]
+    for c in np.flatnonzero(both):
         weight = _drawn(y[:, c], group, order)[:, group]
         table[:, c] = _judge(s[:, c], y[:, c], np.vstack([np.ones(n), weight]), cuts[c])
         here = {"positives": int(support[c]), "prevalence": float(support[c] / n)}
         here["threshold"] = float(cuts[c]) if np.isfinite(cuts[c]) else None
-        report["findings"][name] = here | _scored(table[:, c])
+        report["findings"][named[c]] = here | _scored(table[:, c])
     report["macro"] = _averages(table, np.ones(k))
     report["weighted"] = _averages(table, support)
     report |= {"volumes": n, "patients": patients, "draws": draws}

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medtut.data.assets import fetch
+from medtut.data.cache import cached_arrays
 from medtut.errors import MedtutError
 
 ASSET = "minilm-l6-v2"
@@ -66,13 +68,10 @@ class TextTower(nn.Module):
         """Texts (B) -> (B, width)."""
         cut = {"truncation": True, "max_length": self.max_length, "padding": True}
         given = self.tokenizer(list(texts), return_tensors="pt", **cut)
-        given = given.to(self.bert.device)
-        hidden = self.bert(**given).last_hidden_state
-        if self.pooling == "cls":
-            vectors = hidden[:, 0]
-        else:
-            mask = given["attention_mask"][..., None].to(hidden.dtype)
-            vectors = (hidden * mask).sum(1) / mask.sum(1)
+        hidden = self.bert(**given.to(self.bert.device)).last_hidden_state
+        mask = given["attention_mask"][..., None].to(hidden)
+        mean = (hidden * mask).sum(1) / mask.sum(1)
+        vectors = mean if self.pooling == "mean" else hidden[:, 0]
         return nn.functional.normalize(vectors, dim=-1) if self.normalise else vectors
 
     def fingerprint(self) -> str:
@@ -111,42 +110,32 @@ class TextTower(nn.Module):
         if not unique:
             return np.zeros((0, self.width), np.float32)
         make = partial(self._embed, unique, batch)
-        if cache:
-            from medtut.data.cache import cached_arrays
-
-            key = {"weights": self.fingerprint(), "texts": unique}
-            vectors = cached_arrays("text_tower", key, make)["vectors"]
-        else:
-            vectors = make()["vectors"]
-        return vectors[np.searchsorted(np.array(unique, object), list(texts))]
+        key = {"weights": self.fingerprint(), "texts": unique} if cache else None
+        found = cached_arrays("text_tower", key, make) if cache else make()
+        place = np.searchsorted(np.array(unique, object), list(texts))
+        return found["vectors"][place]
 
     def _embed(self, texts: list[str], batch: int) -> dict[str, np.ndarray]:
         length = self.lengths(texts)
         if cut := sum(n > self.max_length for n in length):
-            warnings.warn(
-                f"{cut} of {len(texts)} texts are longer than {self.max_length} tokens "
-                f"(up to {max(length)}); their ends are not read.",
-                stacklevel=3,
-            )
+            most = f"{self.max_length} tokens (up to {max(length)})"
+            said = f"{cut} of {len(texts)} texts are longer than {most}: ends not read."
+            warnings.warn(said, stacklevel=3)
         order, training = np.argsort(length, kind="stable"), self.training
+        groups = np.split(order, range(batch, len(texts), batch))
         self.eval()
         try:
             with torch.inference_mode():
-                parts = [
-                    self([texts[i] for i in order[start : start + batch]]).float().cpu()
-                    for start in range(0, len(texts), batch)
-                ]
+                parts = [self([texts[i] for i in g]).float().cpu() for g in groups]
         finally:
             self.train(training)
         return {"vectors": torch.cat(parts).numpy()[np.argsort(order)]}
 
 
 def load_text_tower(
-    source: str | Path = "asset",
-    pooling: str | None = None,
-    normalise: bool | None = None,
-    max_length: int | None = None,
-) -> TextTower:
+    source: str | Path = "asset", pooling: str | None = None,
+    normalise: bool | None = None, max_length: int | None = None,
+) -> TextTower:  # fmt: skip
     """Load a BERT and its tokenizer.
 
     Parameters
@@ -174,13 +163,10 @@ def load_text_tower(
 
     folder, pool_file = Path(source), "1_Pooling/config.json"
     if str(source) == "asset":
-        from medtut.data.assets import fetch
-
         paths = fetch(ASSET)
         folder, pool_file = paths["weights"].parent, paths["pooling"].name
     here, level = folder.is_dir(), logging.get_verbosity()
-    place = folder if here else str(source)
-    how = {"local_files_only": here}
+    place, how = folder if here else str(source), {"local_files_only": here}
     # It lists what the file has and the tower has not; we check what matters.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -188,11 +174,15 @@ def load_text_tower(
         if here and not (folder / "config.json").is_file():
             raise OSError("there is no config.json")  # else a default is taken
         config = BertConfig.from_pretrained(place, **how)
+        words = BertTokenizerFast.from_pretrained(place, **how)
         how |= {"trust_remote_code": False, "output_loading_info": True}
-        bert, info = BertModel.from_pretrained(
-            place, config=config, add_pooling_layer=False, **how
-        )
-        words = BertTokenizerFast.from_pretrained(place, local_files_only=here)
+        how |= {"config": config, "add_pooling_layer": False}
+        bert, info = BertModel.from_pretrained(place, **how)
+        # What sentence-transformers has beside a BERT; another BERT has none of it.
+        names = (pool_file, "modules.json", "sentence_bert_config.json")
+        files = map(folder.joinpath, names)
+        texts = [f.read_text("utf-8") if f.is_file() else "{}" for f in files]
+        pool, modules, cut = map(json.loads, texts)
     except Exception as error:  # transformers raises many kinds
         raise MedtutError(
             f"No BERT to be had from {source}: {str(error)[:300]}. Give 'asset', a "
@@ -207,21 +197,14 @@ def load_text_tower(
         raise MedtutError(
             f"{source} does not fill a BERT: {len(lost)} tensors are missing or of "
             f"another shape ({', '.join(lost[:3])}), {len(words)} words for "
-            f"{config.vocab_size} rows. These parts would be random; is it another "
-            "kind of model, or damaged?"
+            f"{config.vocab_size} rows. Is it another kind of model, or damaged?"
         )
-    said = {}
-    for file in (pool_file, "modules.json", "sentence_bert_config.json"):
-        path = folder / file
-        known = here and path.is_file()
-        said[file] = json.loads(path.read_text("utf-8")) if known else {}
-    mean = said[pool_file].get("pooling_mode_mean_tokens", False)
-    unit = any(m["type"].endswith("Normalize") for m in said["modules.json"])
+    pooling = pooling or ("mean" if pool.get("pooling_mode_mean_tokens") else "cls")
+    if normalise is None:
+        normalise = any(m["type"].endswith("Normalize") for m in modules)
     most = config.max_position_embeddings
-    length = max_length or said["sentence_bert_config.json"].get("max_seq_length", most)
-    pooling = pooling or ("mean" if mean else "cls")
-    unit = unit if normalise is None else normalise
-    return TextTower(bert, words, pooling, unit, min(length, most)).eval()
+    length = min(max_length or cut.get("max_seq_length", most), most)
+    return TextTower(bert, words, pooling, normalise, length).eval()
 
 
 def prompts(
@@ -237,20 +220,15 @@ def prompts(
     -------
     positives, negatives : lists of str, one per template
     """
-
-    def sentence(template: str) -> str:
-        words = template.format(finding.lower())
-        return words[:1].upper() + words[1:]
-
-    return [sentence(p) for p, _ in templates], [sentence(n) for _, n in templates]
+    flat = [side.format(finding.lower()) for pair in templates for side in pair]
+    said = [sentence[:1].upper() + sentence[1:] for sentence in flat]
+    return said[::2], said[1::2]
 
 
 def prompt_features(
-    tower: TextTower,
-    findings: Sequence[str],
-    templates: Sequence[tuple[str, str]] = TEMPLATES,
-    cache: bool = True,
-) -> tuple[np.ndarray, np.ndarray]:
+    tower: TextTower, findings: Sequence[str],
+    templates: Sequence[tuple[str, str]] = TEMPLATES, cache: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Vectors of the prompts of many findings, from the cache.
 
     Returns
