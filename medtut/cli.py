@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Exit, Option, Typer, echo
+from typer import Argument, Context, Exit, Option, Typer, echo
 
 from medtut.errors import MedtutError
 
@@ -21,12 +21,16 @@ app = Typer(
 )
 assets_app = Typer(help="Weights and data sets, hashes pinned.", no_args_is_help=True)
 app.add_typer(assets_app, name="assets")
+predict_app = Typer(help="Ask a model about your own file.", no_args_is_help=True)
+app.add_typer(predict_app, name="predict")
 
 
 Profile = StrEnum("Profile", ["smoke", "quick", "full"])
 Level = Annotated[Profile, Option(envvar="MEDTUT_PROFILE", help="How much to compute.")]
 Names, Folder = list[str] | None, Path | None
 NOTEBOOKS = Option(envvar="MEDTUT_NOTEBOOKS", help="Their folder, if another.")
+AGAINST = Option(metavar="SENTENCE", help="The opposite of each prompt, in order.")
+PROMPT = Option(metavar="SENTENCE", help="As often as you like; else 18 findings.")
 FORCE = Option("--force", help="Overwrite runs made with other settings.")
 DECODE = Option("--decode", help="Read a collected result code.")
 Which = Annotated[Names, Argument(help="Numbers or names, as 01 or bonus/01_name.")]
@@ -103,14 +107,17 @@ def audit(target: Annotated[str, Argument(metavar="FILE.py:FACTORY")]) -> None:
     raise Exit(run_audit(target))
 
 
-@app.command()
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
 def bench(
-    name: Annotated[str, Argument(help="What to measure: lora.")] = "lora",
+    more: Context,
+    name: Annotated[str, Argument(help="What to measure: lora, ctclip.")] = "lora",
     out: Annotated[str, Option(help="Folder for the files.")] = "benchmarks/results",
 ) -> None:
-    """Measure speed and memory, side by side in one run."""
-    if name != "lora":
-        raise MedtutError(f"there is no benchmark {name!r}; there is: lora")
+    """Measure speed and memory, side by side; its other options go to the benchmark."""
+    if name not in ("lora", "ctclip"):
+        raise MedtutError(f"there is no benchmark {name!r}; there are: lora, ctclip")
     import runpy
 
     from medtut.course.files import repository_root
@@ -119,8 +126,46 @@ def bench(
     if not script.is_file():
         cure = f"clone it and call medtut bench {name} there"
         raise MedtutError(f"benchmarks come with the repository alone: {cure}")
-    sys.argv[1:] = ["--out", out]
+    sys.argv[1:] = ["--out", out, *more.args]
     runpy.run_path(str(script), run_name="__main__")
+
+
+@predict_app.command("ct")
+def predict_ct(
+    volume: Annotated[Path, Argument(help="One CT, NIfTI or NRRD.")],
+    prompt: Annotated[Names, PROMPT] = None,
+    against: Annotated[Names, AGAINST] = None,
+    weights: Annotated[Folder, Option(help="A CT-CLIP, if not the course's.")] = None,
+    text: Annotated[str, Option(help="asset, folder, Hugging Face name.")] = "asset",
+    slope: Annotated[float | None, Option(help="To HU, if it is not in HU.")] = None,
+    intercept: Annotated[float | None, Option(help="With --slope.")] = None,
+    as_json: Annotated[bool, Option("--json", help="For machines.")] = False,
+) -> None:
+    """Compare one CT with sentences; a teaching model, not for patients."""
+    from medtut.models.ct_predict import predict_ct as ask
+
+    found = ask(volume, prompt, against, weights, text, (slope, intercept))
+    if as_json:
+        import json
+
+        echo(json.dumps(found))
+        return
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    right = (Column(title, justify="right", no_wrap=True) for title in ("P", "cosine"))
+    table = Table("sentence", "against", *right, box=None)
+    for one in found["answers"]:
+        numbers = ("-" if x is None else f"{x:.3f}" for x in (one["p"], one["cosine"]))
+        words = (Text(one["sentence"]), Text(one["against"] or "-"))  # "[/]" is text
+        table.add_row(*words, *numbers)
+    Console().print(table)
+    if any(one["p"] is None for one in found["answers"]):
+        echo("Without a sentence --against it there is only a cosine similarity, no P.")
+    known = "" if found["spacing_known"] else ", the course's: the weights name none"
+    echo(f"Read as {found['size']} voxels of {found['spacing']} mm{known}.")
+    echo(f"P: softmax over the pair. This is {found['note']}.")
 
 
 @assets_app.command("list")

@@ -46,6 +46,7 @@ OWNERS = {
     "data/ct_shards.py": "05",
     "models/contrastive.py": "05",
     "models/ct_attention.py": "05",
+    "models/ct_predict.py": "05",
     "models/ctclip.py": "05",
     "models/ctvit.py": "05",
     "models/published_ctclip.py": "05",

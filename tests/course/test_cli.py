@@ -45,6 +45,9 @@ def call(monkeypatch, capsys, *arguments):
         (["sweep", "77"], "the lessons are: 90_tiny"),
         (["bench", "speed"], "no benchmark"),
         (["bench", "lora"], "come with the repository"),
+        (["predict", "ct", "nowhere.nii"], "no file nowhere.nii; give one CT"),
+        (["predict", "ct", "x.nii", "--prompt", " "], "1 --prompt, 0 --against, 1 emp"),
+        (["predict", "mri", "nowhere.nii"], "mri"),
         (["nonsense"], "nonsense"),
     ],
 )
@@ -169,7 +172,7 @@ def test_bench_runs_the_script_of_the_clone(course, monkeypatch, capsys):
 
 def test_every_command_has_help():
     runner = CliRunner()
-    for name in ("run", "sweep", "doctor", "assets", "audit", "bench"):
+    for name in ("run", "sweep", "doctor", "assets", "audit", "bench", "predict"):
         result = runner.invoke(cli.app, [name, "--help"])
         assert result.exit_code == 0
         assert name in runner.invoke(cli.app, ["--help"]).output
