@@ -39,6 +39,7 @@ class ChestSpec:
     seed : of the cohort; with body, scanner and number it determines a patient.
     difficulty : see `medtut.data.chest_findings.draw_patient`.
     withheld : findings that no report of this cohort names; the labels keep them.
+    outlines : also write the voxels of every finding; see `outlines_of`.
     """
 
     body: Literal["lung1", "lung2", "both"] = "lung1"
@@ -49,6 +50,7 @@ class ChestSpec:
     seed: int = 0
     difficulty: float = 1.0
     withheld: tuple[str, ...] = ()
+    outlines: bool = False
 
 
 def chest_folder(spec: ChestSpec, progress: bool = False) -> Path:
@@ -81,6 +83,8 @@ def chest_folder(spec: ChestSpec, progress: bool = False) -> Path:
             f"some of {', '.join(how['findings'])}."
         )
     key = {"version": how["version"], "anatomy": how["anatomy_version"], **asdict(spec)}
+    if not spec.outlines:
+        del key["outlines"]  # a cohort without is the one it was before they came
     jobs = {
         f"{spec.split}_{n + 1}_a_1.nii.gz": partial(
             _one, spec, bodies[n % len(bodies)], n
@@ -97,7 +101,13 @@ def _one(spec: ChestSpec, body: str, number: int, folder: Path) -> dict[str, Any
     patient = draw_patient(body, spec.scanner, (spec.seed, number), spec.difficulty)
     scan = f"{spec.split}_{number + 1}_a"
     file = f"dataset/{spec.split}/{scan[:-2]}/{scan}/{scan}_1.nii.gz"
-    write_by_rename(folder / file, lambda p: _nifti(p, patient, spec.scanner))
+    write_by_rename(folder / file, lambda p: _nifti(p, patient.hu + 1024, spec.scanner))
+    if spec.outlines:
+        bits = sum(patient.masks[f].astype(np.int32) << i for f, i in _bits().items()
+                   if f in patient.masks)  # fmt: skip
+        bits = bits + np.zeros(patient.hu.shape, np.int32)  # nothing found: all 0
+        outline = folder / "dataset" / "outlines" / spec.split / f"{scan}_1.nii.gz"
+        write_by_rename(outline, lambda p: _nifti(p, bits, spec.scanner, np.int32))
     content = (folder / file).read_bytes()
     rng = np.random.default_rng([spec.seed, number, recipe()["version"]])
     return _facts(patient) | {
@@ -107,15 +117,53 @@ def _one(spec: ChestSpec, body: str, number: int, folder: Path) -> dict[str, Any
     }  # fmt: skip
 
 
-def _nifti(path: Path, patient: ChestPatient, scanner: str) -> None:
+def _bits() -> dict[str, int]:
+    """The bit of every finding in an outline, in the order of the labels."""
+    return {name: i for i, name in enumerate(recipe()["findings"])}
+
+
+def outlines_of(volume: Path | str) -> np.ndarray:
+    """Where each finding of a drawn patient is, on the grid that the tower sees.
+
+    CT-RATE has no outlines; ReXGroundingCT (Baharoon et al. 2025, arXiv:2507.22030)
+    adds some to it. The drawn ones are known, and stand beside the volumes where
+    `ChestSpec.outlines` asked for them, one bit for each finding.
+
+    Returns
+    -------
+    (18, D, H, W) bool, in the order of `medtut.data.ct_rate.FINDINGS`.
+
+    Raises
+    ------
+    MedtutError
+        If the cohort was drawn without outlines.
+    """
+    import nibabel
+
+    volume = Path(volume)
+    root, split = volume.parents[4], volume.parents[2].name
+    path = root / "dataset" / "outlines" / split / volume.name
+    if not path.is_file():
+        raise MedtutError(
+            f"{path} is missing: draw the cohort with ChestSpec(outlines=True); sets "
+            "of real patients have no outlines here."
+        )
+    bits = np.asarray(nibabel.as_closest_canonical(nibabel.load(path)).dataobj)
+    # As `medtut.data.ct_volume.prepare` lays a volume.
+    bits = bits.transpose(2, 1, 0)[:, ::-1, ::-1].astype(np.int32)
+    return np.stack([(bits >> i & 1).astype(bool) for i in _bits().values()])
+
+
+def _nifti(path: Path, values: np.ndarray, scanner: str, dtype: Any = np.int16) -> None:
     """As CT-RATE stores it: HU + 1024, the axes as the scanner counts them."""
     import nibabel
 
     flips = np.array(recipe()["scanners"][scanner]["affine"])
-    stored = patient.hu[tuple(slice(None, None, int(f)) for f in flips)] + 1024
-    affine = np.diag([*(flips * patient.spacing), 1.0])
-    affine[:3, 3] = -flips * (np.array(stored.shape) - 1) / 2 * patient.spacing
-    image = nibabel.Nifti1Image(stored.astype(np.int16), affine, dtype=np.int16)
+    spacing = np.array(recipe()["spacing"])
+    stored = values[tuple(slice(None, None, int(f)) for f in flips)]
+    affine = np.diag([*(flips * spacing), 1.0])
+    affine[:3, 3] = -flips * (np.array(stored.shape) - 1) / 2 * spacing
+    image = nibabel.Nifti1Image(stored.astype(dtype), affine, dtype=dtype)
     image.header.set_xyzt_units("mm")
     path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 

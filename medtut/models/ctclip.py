@@ -50,7 +50,9 @@ class AttentionPool(nn.Module):
         return torch.einsum("bnh,bnhc->bhc", weight.to(value.dtype), value).flatten(1)
 
 
-def make_projection(kind: str, tower: CTViT, latent: int, rank: int) -> nn.Sequential:
+def make_projection(
+    kind: str, tower: CTViT, latent: int, rank: int, heads: int | None = None
+) -> nn.Sequential:
     """From tokens (B, d, h, w, dim) to (B, latent).
 
     Parameters
@@ -62,6 +64,8 @@ def make_projection(kind: str, tower: CTViT, latent: int, rank: int) -> nn.Seque
         528,384. "mean": the mean token; 262,144.
     tower : CTViT
     latent, rank : int
+    heads : int, optional
+        Of "attention"; by default as many as the tower has.
 
     Raises
     ------
@@ -69,7 +73,8 @@ def make_projection(kind: str, tower: CTViT, latent: int, rank: int) -> nn.Seque
         For another kind, or a width that the heads cannot share.
     """
     choose("projection", kind, ("published", "low_rank", "attention", "mean"))
-    dim, heads, flat = tower.dim, tower.config["heads"], math.prod(tower.grid[1:])
+    dim, flat = tower.dim, math.prod(tower.grid[1:])
+    heads = heads or tower.config["heads"]
     if kind == "attention" and dim % heads:
         raise MedtutError(f"projection='attention': {heads} heads cannot share {dim}.")
     pool = MeanPool(1, 2, 3) if kind == "mean" else MeanPool(1)
@@ -94,6 +99,8 @@ class CTCLIP(nn.Module):
         Only the first has a ``logit_bias``.
     rank : int
         Of "low_rank".
+    pool_heads : int, optional
+        Of "attention".
     log_scale, bias : float
         Where the temperature (its logarithm) and SigLIP's bias start. -10 suits large
         batches; in a batch of B, ``-log(B - 1)`` says what share of the pairs match.
@@ -114,6 +121,7 @@ class CTCLIP(nn.Module):
         projection: str = "attention",
         loss: str = "sigmoid",
         rank: int = 64,
+        pool_heads: int | None = None,
         log_scale: float = LOG_SCALE,
         bias: float = BIAS,
     ) -> None:
@@ -122,7 +130,8 @@ class CTCLIP(nn.Module):
         choose("loss", loss, ("sigmoid", "softmax"))
         self.config = own | {"image_tower": image_tower.config}
         self.image_tower, self.kind = image_tower, loss
-        self.to_image = make_projection(projection, image_tower, latent, rank)
+        sizes = latent, rank, pool_heads
+        self.to_image = make_projection(projection, image_tower, *sizes)
         self.to_text = nn.Linear(text_width, latent, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(float(log_scale)))
         sigmoid = nn.Parameter(torch.tensor(float(bias))) if loss == "sigmoid" else None
@@ -148,6 +157,24 @@ class CTCLIP(nn.Module):
         if self.kind == "softmax":
             return softmax_loss(image, text, self.log_scale, **how)
         return sigmoid_loss(image, text, self.log_scale, self.logit_bias, **how)
+
+
+def relevance(clip: CTCLIP, volume: Tensor, direction: Tensor) -> Tensor:
+    """How much each token speaks for a direction (latent,) of the common space.
+
+    The pooled vector is a sum over tokens, so the map (d, h, w) sums to the product of
+    volume vector and direction, before the vector is given its length; nothing is
+    estimated. For a model with ``projection="attention"``.
+    """
+    with torch.no_grad():
+        tokens = clip.image_tower(volume[None, None])
+        pool, out = clip.to_image[0], clip.to_image[1]
+        flat = tokens.flatten(1, 3)
+        weight = pool.query(flat).softmax(1)
+        value = pool.value(flat).unflatten(-1, (weight.shape[-1], -1))
+        spoken = (out.weight.T @ direction).view(value.shape[2:])
+        parts = (weight[..., None] * value * spoken).sum((-2, -1))
+    return parts.view(tokens.shape[1:4])
 
 
 def save_ctclip(model: CTCLIP, path: Path | str, **note: object) -> Path:

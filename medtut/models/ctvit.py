@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from medtut.errors import MedtutError
 from medtut.models.ct_attention import Attention, choose, make_norm, rope_table
+from medtut.models.ct_stem import HistogramStem
 
 GATES = {"geglu": F.gelu, "swiglu": F.silu}
 
@@ -177,6 +178,9 @@ class CTViT(nn.Module):
         Normalise the voxels of each patch first, as published. A LayerNorm there takes
         the mean and the spread of every patch away, so an even patch of water and one
         of air look alike; False keeps Hounsfield units.
+    stem : {"linear", "histogram"}
+        "linear": the patch embedding as published. "histogram": `HistogramStem`, which
+        learns from fewer volumes and has no use for `patch_norm`.
     checkpoint : bool
         Keep only the input of each layer for the backward pass.
 
@@ -215,6 +219,7 @@ class CTViT(nn.Module):
         peg: bool = True,
         ffn_multiple: int | None = 64,
         patch_norm: bool = True,
+        stem: str = "linear",
         checkpoint: bool = False,
     ) -> None:
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -234,11 +239,16 @@ class CTViT(nn.Module):
                 "attention='flash' adds no bias to the logits; use 'fused' with "
                 "position='bias', or position='rope' with 'flash'."
             )
+        choose("stem", stem, ("linear", "histogram"))
         voxels = math.prod(self.patch)
-        self.embed = nn.Sequential(
-            make_norm(norm, voxels, bias=True) if patch_norm else nn.Identity(),
-            nn.Linear(voxels, dim),
-            make_norm(norm, dim, bias=True),
+        self.embed = (
+            HistogramStem(dim, self.patch, norm)
+            if stem == "histogram"
+            else nn.Sequential(
+                make_norm(norm, voxels, bias=True) if patch_norm else nn.Identity(),
+                nn.Linear(voxels, dim),
+                make_norm(norm, dim, bias=True),
+            )
         )
         self.bias = PositionBias(heads, dim) if position == "bias" else None
         for name, axes in (("plane", self.grid[1:]), ("depth", self.grid[:1])):
@@ -257,16 +267,21 @@ class CTViT(nn.Module):
 
     def patches(self, x: Tensor) -> Tensor:
         """Cut (B, 1, D, H, W) into (B, d, h, w, voxels of a patch)."""
-        if x.dim() != 5 or tuple(x.shape[1:]) != (1, *self.image):
-            raise MedtutError(
-                f"CTViT: expected volumes (B, 1, {', '.join(map(str, self.image))}), "
-                f"got {tuple(x.shape)}; crop or pad them first."
-            )
         for axis, size in zip((2, 4, 6), self.patch, strict=True):
             x = x.unflatten(axis, (-1, size))
         return x[:, 0].permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 5 or tuple(x.shape[1:]) != (1, *self.image):
+            raise MedtutError(
+                f"CTViT: expected volumes (B, 1, {', '.join(map(str, self.image))}), "
+                f"got {tuple(x.shape)}; crop or pad them first."
+            )
+        whole = self.config["stem"] == "histogram"
+        return self.mix(self.embed(x if whole else self.patches(x)))
+
+    def mix(self, tokens: Tensor) -> Tensor:
+        """Both stacks on embedded tokens (B, d, h, w, dim)."""
         bias = None if self.bias is None else self.bias(*self.grid[1:])
-        x = self.spatial(self.embed(self.patches(x)), bias, self.plane_rope)
+        x = self.spatial(tokens, bias, self.plane_rope)
         return self.temporal(x, None, self.depth_rope)

@@ -31,7 +31,8 @@ class PublishedRMSNorm(nn.Module):
     """RMSNorm with its eps beside the root, in the precision of the input.
 
     In float16 1e-8 is 0, so zeros give 0 / 0; and squares above 65,504, of values from
-    256 on, are infinite, so those become 0.
+    256 on, are infinite, so those become 0. CUDA's autocast, with which the source
+    trains, takes powers in float32; it happens after ``.half()``.
     """
 
     def __init__(self, dim: int, eps: float = 1e-8) -> None:

@@ -12,12 +12,19 @@ import numpy as np
 import pytest
 
 from medtut.data import chest_cohort
-from medtut.data.chest_anatomy import LABELS
-from medtut.data.chest_cohort import ChestSpec, chest_folder
-from medtut.data.chest_findings import ChestPatient, Drawn, sample_findings
+from medtut.data.assets import AssetError
+from medtut.data.cache import entry_path
+from medtut.data.chest_anatomy import LABELS, recipe
+from medtut.data.chest_cohort import ChestSpec, chest_folder, outlines_of
+from medtut.data.chest_findings import (
+    ChestPatient,
+    Drawn,
+    draw_patient,
+    sample_findings,
+)
 from medtut.data.chest_reports import phrases, report, sentences
 from medtut.data.ct_rate import FINDINGS, find_volumes
-from medtut.data.ct_volume import read_hu
+from medtut.data.ct_volume import CT, prepare, read_hu
 from medtut.errors import MedtutError
 
 # Every sentence about a finding has one of these words, and no other sentence has.
@@ -209,3 +216,118 @@ def test_there_are_several_ways_to_say_it():
         for k in range(5)
     }
     assert len(orders) == 5
+
+
+# -- outlines --------------------------------------------------------------------------
+def outlined(number):
+    """As `person`, with voxels of each finding, the last of none; 5 is healthy."""
+    patient = person(number)
+    if number == 5:
+        return replace(patient, findings={}, masks={})
+    rng = np.random.default_rng(number)
+    masks = {f: rng.random(patient.hu.shape) > 0.97 for f in patient.findings}
+    if len(masks) > 1:
+        masks[list(masks)[-1]][:] = False
+    return replace(patient, masks=masks)
+
+
+@pytest.mark.parametrize("affine", [(-1, -1, 1), (1, -1, 1), (1, 1, -1)])
+def test_outlines_lie_as_the_tower_sees_the_volume(quick, monkeypatch, affine):
+    draw = lambda body, scanner, seed, difficulty: outlined(seed[1])  # noqa: E731
+    monkeypatch.setattr(chest_cohort, "draw_patient", draw)
+    monkeypatch.setitem(recipe()["scanners"]["target"], "affine", list(affine))
+    spec = ChestSpec("lung2", "target", "valid", 1, outlines=True)
+    for number in (5, 9):
+        folder = chest_folder(replace(spec, first=number))
+        (record,) = find_volumes(folder, "valid")
+        patient, found = outlined(number), outlines_of(record.path)
+        assert found.shape == (18, 48, 96, 96)
+        assert found.dtype == bool
+        for finding, got in zip(FINDINGS, found, strict=True):
+            mask = patient.masks.get(finding, np.zeros(patient.hu.shape, bool))
+            # A finding painted white and the rest black, brought to the tower's grid.
+            painted = CT(np.where(mask, 1000, -1000).astype("f4"), (3.6, 3.6, 6.0))
+            assert np.array_equal(got, prepare(painted)[0] > 0), finding
+        ct = read_hu(record.path, record.slope, record.intercept)
+        assert np.array_equal(ct.hu, patient.hu), "the volume is turned as well"
+    assert patient.masks
+    assert found.any()
+
+
+def test_someone_in_whom_every_finding_has_voxels_of_its_own(quick, monkeypatch):
+    patient = person(0)
+    every = dict.fromkeys(FINDINGS, next(iter(person(9).findings.values())))
+    band = np.arange(patient.hu.size).reshape(patient.hu.shape) % 18
+    masks = {f: band == i for i, f in enumerate(FINDINGS)}
+    whole = replace(patient, findings=every, masks=masks)
+    monkeypatch.setattr(chest_cohort, "draw_patient", lambda *_: whole)
+    (record,) = find_volumes(chest_folder(ChestSpec(count=1, outlines=True)), "train")
+    found = outlines_of(record.path)
+    assert (found.sum(0) == 1).all()
+    assert np.array_equal(found.argmax(0), band.transpose(2, 1, 0)[:, ::-1, ::-1])
+
+
+def test_a_cohort_without_outlines_is_the_one_it_was(quick):
+    spec = ChestSpec(count=2)
+    key = {
+        "version": recipe()["version"], "anatomy": recipe()["anatomy_version"],
+        "body": "lung1", "scanner": "source", "split": "train", "count": 2, "first": 0,
+        "seed": 0, "difficulty": 1.0, "withheld": (),
+    }  # fmt: skip
+    plain, rich = chest_folder(spec), chest_folder(replace(spec, outlines=True))
+    assert plain == entry_path("chest_cohort", key)
+    assert rich != plain
+    assert len(quick) == 4
+    assert not (plain / "dataset" / "outlines").exists()
+    # What is read of a real set is the same in both.
+    one, two = (
+        {p.relative_to(f).as_posix(): p.read_bytes() for p in f.rglob("*.*")
+         if p.is_file() and "outlines" not in p.parts and p.suffix in (".gz", ".csv")}
+        for f in (plain, rich)
+    )  # fmt: skip
+    assert one == two
+    assert len(one) == 5
+    assert len(find_volumes(rich, "train")) == 2, "an outline is no volume"
+    with pytest.raises(MedtutError, match=r"outlines.train.*ChestSpec\(outlines=True"):
+        outlines_of(find_volumes(plain, "train")[0].path)
+
+
+@pytest.mark.parametrize(
+    ("body", "scanner"), [("lung1", "source"), ("lung2", "target")]
+)
+def test_a_finding_is_outlined_where_the_prepared_volume_changed(
+    monkeypatch, tmp_path, body, scanner
+):
+    """A real body with a consolidation and without; turned, it would lie elsewhere."""
+    only = {f: float(f == "Consolidation") for f in FINDINGS}
+    try:
+        healthy, ill = (
+            draw_patient(body, scanner, (0, 3), 1.0, odds)
+            for odds in (dict.fromkeys(only, 0.0), only)
+        )
+    except AssetError as error:
+        pytest.skip(f"the real CTs are not here: {error}")
+    monkeypatch.setenv("MEDTUT_CACHE", str(tmp_path))
+    monkeypatch.setattr(chest_cohort, "load_body", lambda name: None)
+
+    def prepared(patient, split):
+        monkeypatch.setattr(chest_cohort, "draw_patient", lambda *_: patient)
+        folder = chest_folder(ChestSpec(body, scanner, split, 1, outlines=True))
+        (record,) = find_volumes(folder, split)
+        ct = read_hu(record.path, record.slope, record.intercept, record.spacing)
+        return outlines_of(record.path), 1000 * prepare(ct)[0]
+
+    (nothing, before), (found, after) = (
+        prepared(healthy, "valid"),
+        prepared(ill, "train"),
+    )
+    at = FINDINGS.index("Consolidation")
+    assert not nothing.any()
+    assert found.any((1, 2, 3)).nonzero()[0].tolist() == [at]
+    assert found[at].sum() == ill.findings["Consolidation"].voxels > 20
+    change = after - before
+    inside = change[found[at]].mean()
+    assert inside > 200  # from lung towards tissue
+    assert abs(change[~found[at]]).mean() < 5
+    for axes in ((0,), (1,), (2,), (0, 1), (1, 2), (0, 2), (0, 1, 2)):
+        assert change[np.flip(found[at], axes)].mean() < inside * 2 / 3, axes

@@ -134,6 +134,20 @@ def best_rate(grid: Mapping[str, float]) -> float:
     return float(max(grid, key=grid.__getitem__))
 
 
+def precision(settings: Any) -> str:
+    """ "bf16" or "fp32"; "auto" takes the first where the machine computes in it."""
+    import torch
+
+    if settings.precision != "auto":
+        return settings.precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    # Without the instructions for it, bfloat16 on a CPU is slower than float32.
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    native = known.get("avx512_bf16") or known.get("amx_bf16")
+    return "bf16" if native else "fp32"
+
+
 def train_config(
     settings: TrainingSettings,
     rate: float,

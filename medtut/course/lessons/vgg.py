@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from medtut.course.lessons.common import precision
 from medtut.course.lessons.vgg_pictures import Balanced, Task, views
 from medtut.data.brain_mri import CLASSES
 
@@ -189,20 +190,6 @@ def by_case(answers: np.ndarray, truth: np.ndarray) -> np.ndarray:
     count = np.bincount(truth)
     weight = len(truth) / ((count > 0).sum() * count[truth])
     return (answers == truth) * weight
-
-
-def precision(settings: Settings) -> str:
-    """ "bf16" or "fp32"; "auto" takes the first where the machine computes in it."""
-    import torch
-
-    if settings.precision != "auto":
-        return settings.precision
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    # Without the instructions for it, bfloat16 on a CPU is slower than float32.
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    native = known.get("avx512_bf16") or known.get("amx_bf16")
-    return "bf16" if native else "fp32"
 
 
 def autocast(settings: Settings) -> Any:

@@ -1,0 +1,410 @@
+"""Pieces of lesson 05: its patients, the arms of its sweep, and LoRA on a scanner."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medtut.data.cache import cache_dir
+from medtut.data.ct_rate import FINDINGS
+from medtut.errors import MedtutError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from medtut.data.ct_rate import Record
+    from medtut.models.ctclip import CTCLIP
+    from medtut.models.text_tower import TextTower
+
+# Of the pretraining script: the two rarest, which no report that it read names.
+WITHHELD = ("Pericardial effusion", "Mosaic attenuation pattern")
+# Numbers of the first patient, so that no two parts share a person.
+FIRST = {"train": 0, "dev": 2000, "test": 3000, "target_train": 4000,
+         "target_test": 5000}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some patients.
+
+    Attributes
+    ----------
+    records : list of Record
+    volumes : (N, D, H, W) float16, read from the disk as it is needed.
+    truth : (N, 18) of 0 and 1.
+    """
+
+    records: list[Record]
+    volumes: np.ndarray
+    truth: np.ndarray
+
+    def texts(self) -> list[str]:
+        """Findings and impression of every report."""
+        return [f"{r.findings} {r.impression}".strip() for r in self.records]
+
+
+def load_part(name: str, settings: Any) -> Part:
+    """Patients of `FIRST`: drawn, or of ``data`` where it stands for the target.
+
+    Drawn, the source is the body lung1 on the source scanner, the target is the body
+    lung2 on the target scanner. A folder in the layout of CT-RATE replaces the target:
+    its ``train`` to adapt on, its ``valid`` to be judged on.
+
+    Raises
+    ------
+    MedtutError
+        The folder holds fewer labelled volumes than the settings ask for.
+    """
+    from medtut.data import ct_rate
+    from medtut.data.chest_cohort import ChestSpec, chest_folder
+
+    count, target = getattr(settings, name), name.startswith("target")
+    split = "train" if name.endswith("train") else "valid"
+    if target and settings.data is not None:
+        found = ct_rate.find_volumes(settings.data, split)
+        known = [r for r in found if r.labels is not None]
+        if len(known) < count:
+            raise MedtutError(
+                f"{settings.data} holds {len(known)} labelled volumes in {split}, the "
+                f"settings ask for {count}; set {name} lower."
+            )
+        order = np.random.default_rng(0).permutation(len(known))[:count]
+        records = [known[i] for i in sorted(order)]
+    else:
+        who = ("lung2", "target") if target else ("lung1", "source")
+        spec = ChestSpec(*who, split, count, FIRST[name])
+        records = ct_rate.find_volumes(chest_folder(spec, progress=True), split)
+    volumes = ct_rate.load(records, settings.image, settings.spacing, progress=True)
+    return Part(records, volumes, np.stack([r.labels for r in records]))
+
+
+def weights_file(settings: Any) -> Path:
+    """The file of the checkpoint: the course's own for "small", else a path."""
+    from medtut.models.ct_predict import MAKE, SMALL_WEIGHTS
+
+    path = SMALL_WEIGHTS if settings.weights == "small" else Path(settings.weights)
+    if not path.is_file():
+        raise MedtutError(f"There is no checkpoint {path}; {MAKE}.")
+    return path
+
+
+def voxels(part: Part) -> np.ndarray | None:
+    """Voxels (N, 18) of every finding of drawn patients; None for others."""
+    if not part.records[0].path.is_relative_to(cache_dir()):
+        return None
+    passport = part.records[0].path.parents[4] / "passport.json"
+    known = json.loads(passport.read_text(encoding="utf-8"))["patients"]
+    each = [known[r.name]["findings"] for r in part.records]
+    return np.array([[p.get(f, {}).get("voxels", 0) for f in FINDINGS] for p in each])
+
+
+def real_chest() -> Path:
+    """The CT that nothing was drawn on.
+
+    Raises
+    ------
+    AssetUnavailable
+        Without a network, when it was not fetched before.
+    """
+    from medtut.data.assets import fetch
+
+    return fetch("slicerio-chest")["image"]
+
+
+@lru_cache(maxsize=2)
+def text_tower(source: str) -> TextTower:
+    """The text tower, loaded once."""
+    from medtut.models.text_tower import load_text_tower
+
+    return load_text_tower(source)
+
+
+def prompt_vectors(
+    clip: CTCLIP, source: str, templates: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors (18, P, latent) of the sentences that affirm and that deny a finding."""
+    import torch
+
+    from medtut.models.text_tower import TEMPLATES, prompt_features
+
+    found = prompt_features(text_tower(source), FINDINGS, templates or TEMPLATES)
+    with torch.no_grad():
+        return tuple(clip.encode_text(torch.from_numpy(p)).numpy() for p in found)
+
+
+def embed(clip: CTCLIP, volumes: np.ndarray, batch: int = 8) -> np.ndarray:
+    """Vectors (N, latent) of volumes."""
+    import torch
+
+    clip.eval()
+    parts = np.array_split(volumes, range(batch, len(volumes), batch))
+    with torch.inference_mode():
+        found = [
+            clip.encode_image(torch.from_numpy(np.array(v, np.float32))[:, None])
+            for v in parts
+        ]
+    return torch.cat(found).numpy()
+
+
+def zero_shot(
+    clip: CTCLIP, vectors: np.ndarray, source: str, templates: Any = None
+) -> np.ndarray:
+    """P (N, 18) of the findings from vectors of volumes."""
+    from medtut.evaluate.zero_shot import pair_scores
+
+    sides = prompt_vectors(clip, source, templates)
+    return pair_scores(vectors, *sides, float(clip.log_scale.detach().exp()))
+
+
+# -- the arms of the sweep -------------------------------------------------------------
+@dataclass(frozen=True)
+class Design:
+    """One arm: what its switches say. A batch of 0 is that of the settings."""
+
+    norm: str = "rms"
+    ffn: str = "swiglu"
+    loss: str = "sigmoid"
+    batch: int = 0
+
+
+LOSSES = ("softmax", "sigmoid")
+CUBE = {
+    f"{norm}_{ffn}_{loss}": Design(norm, ffn, loss)
+    for norm in ("layer", "rms") for ffn in ("geglu", "swiglu") for loss in LOSSES
+}  # fmt: skip
+BATCHES = {f"{loss}_b{n}": Design(loss=loss, batch=n)
+           for loss in LOSSES for n in (4, 8, 32, 64)}  # fmt: skip
+DESIGNS = CUBE | BATCHES
+
+
+def embedded(part: Part, settings: Any) -> np.ndarray:
+    """Tokens (N, d, h, w, dim) of the checkpoint's embedding, float16, from the cache.
+
+    The largest of each 2 x 2 x 2, so that an arm trains in seconds. The embedding is
+    frozen and the same in all arms: what is switched lies above it.
+    """
+    import torch
+    from torch.nn.functional import max_pool3d
+
+    from medtut.data.cache import cached_arrays
+    from medtut.data.download import sha256_of
+    from medtut.models.ctclip import load_ctclip
+
+    def make() -> dict[str, np.ndarray]:
+        stem, found = load_ctclip(weights_file(settings)).image_tower.embed, []
+        with torch.inference_mode():
+            for v in part.volumes:
+                x = stem(torch.from_numpy(np.array(v, np.float32))[None, None])
+                pooled = max_pool3d(x.permute(0, 4, 1, 2, 3), 2)
+                found.append(pooled.permute(0, 2, 3, 4, 1).half())
+        return {"tokens": torch.cat(found).numpy()}
+
+    files = [sha256_of(weights_file(settings)), *(r.name for r in part.records)]
+    key = {"version": 1, "files": files, "truth": part.truth.tolist(),
+           "data": settings.data, "image": settings.image,
+           "spacing": settings.spacing}  # fmt: skip
+    return cached_arrays("ctclip_tokens", key, make)["tokens"]
+
+
+def report_vectors(part: Part, source: str) -> np.ndarray:
+    """The mean vector (N, width) of each report's sentences."""
+    each = [re.split(r"(?<=\.)\s+(?=[A-Z])", text) for text in part.texts()]
+    vectors = text_tower(source).embed([s for one in each for s in one])
+    ends = np.cumsum([len(one) for one in each])[:-1]
+    return np.stack([rows.mean(0) for rows in np.split(vectors, ends)])
+
+
+def arm_model(design: Design, settings: Any, shape: tuple[int, ...]) -> Any:
+    """An untrained model on tokens (d, h, w, dim): tower, pooling and projection.
+
+    The text side is the checkpoint's and stays, as in LiT (Zhai et al. 2022,
+    arXiv:2111.07991): a few hundred reports do not teach what "no" means.
+    """
+    from torch import nn
+
+    from medtut.models.ctclip import CTCLIP, load_ctclip
+    from medtut.models.ctvit import CTViT
+
+    *grid, dim = shape
+    tower = CTViT(dim, grid, (1, 1, 1), settings.depth, settings.depth, heads=4,
+                  norm=design.norm, ffn=design.ffn)  # fmt: skip
+    tower.embed = nn.Identity()  # its work is done
+    # -log(B - 1): the share of pairs that match, whatever the batch.
+    start = -float(np.log(max(design.batch or settings.batch_size, 2) - 1))
+    words = load_ctclip(weights_file(settings)).to_text.requires_grad_(False)
+    latent, width = words.weight.shape
+    clip = CTCLIP(tower, width, latent, "attention", design.loss, bias=start)
+    clip.to_text = words
+    return clip
+
+
+class Pairs:
+    """Tokens and the vector of the own report."""
+
+    def __init__(self, tokens: np.ndarray, texts: np.ndarray) -> None:
+        self.tokens, self.texts = tokens, texts
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, n: int) -> dict[str, np.ndarray]:
+        return {"tokens": self.tokens[n].astype("f4"), "text": self.texts[n]}
+
+
+def train_arm(
+    name: str, seed: int, rate: float, settings: Any, parts: dict[str, Part],
+    epochs: float | None = None, progress: bool = False,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Train one arm on the reports of ``train``; return model and result of `fit`.
+
+    Every arm sees the same number of volumes, so a batch of 4 takes sixteen times the
+    steps of one of 64.
+    """
+    import torch
+    from torch.nn.functional import normalize
+
+    from medtut.course.lessons.common import precision, train_config
+    from medtut.models.contrastive import SCALARS
+    from medtut.train import fit
+
+    design = DESIGNS[name]
+    tokens = embedded(parts["train"], settings)
+    texts = report_vectors(parts["train"], settings.text)
+    torch.manual_seed(seed)
+    model = arm_model(design, settings, tokens.shape[1:])
+    batch = min(design.batch or settings.batch_size, len(tokens))
+
+    def loss(clip: Any, items: dict[str, Tensor]) -> Tensor:
+        mixed = clip.image_tower.mix(items["tokens"])
+        image = normalize(clip.to_image(mixed).float(), dim=-1)
+        return clip.loss(image, clip.encode_text(items["text"]))
+
+    steps = max(2, round((epochs or settings.epochs) * len(tokens) / batch))
+    config = train_config(
+        settings.model_copy(update={"batch_size": batch}), rate, seed, steps, 0,
+        precision=precision(settings), groups={SCALARS: 10.0},
+    )  # fmt: skip
+    return model, fit(model, loss, Pairs(tokens, texts), config, progress=progress)
+
+
+def arm_scores(model: Any, part: Part, settings: Any) -> np.ndarray:
+    """Zero-shot P (N, 18) of a trained arm."""
+    import torch
+    from torch.nn.functional import normalize
+
+    model.eval()
+    tokens = torch.from_numpy(embedded(part, settings)).float()
+    with torch.inference_mode():
+        found = [model.to_image(model.image_tower.mix(t)) for t in tokens.split(32)]
+    vectors = normalize(torch.cat(found), dim=-1).numpy()
+    return zero_shot(model, vectors, settings.text)
+
+
+# -- another scanner -------------------------------------------------------------------
+class Scans:
+    """Volumes and what their reports affirm."""
+
+    def __init__(self, part: Part, which: slice = slice(None)) -> None:
+        self.volumes, self.truth = part.volumes[which], part.truth[which]
+
+    def __len__(self) -> int:
+        return len(self.truth)
+
+    def __getitem__(self, n: int) -> dict[str, np.ndarray]:
+        volume = np.array(self.volumes[n], np.float32)[None]
+        return {"volume": volume, "truth": self.truth[n].astype("f4")}
+
+
+def prepare_for(clip: CTCLIP, how: str, rank: int) -> int:
+    """Say what is trained, in place; return how many parameters.
+
+    "lora": adapters on every linear map of the image side and the convolution of its
+    embedding, but not on positions: `PositionBias` is two wide, and `PEG` reads the
+    weight by itself. "head": the pooling and its projection. "full": the image side.
+    "as_is": nothing.
+    """
+    from medtut.lora import LoRAConfig, inject
+
+    if how == "lora":
+        where = r"^(to_image|image_tower\.(?!bias|.*\.peg))"
+        inject(clip, LoRAConfig(r=rank, alpha=2 * rank, pattern=where))
+    else:
+        parts = {"head": ("to_image",), "full": ("to_image", "image_tower")}
+        begins = parts.get(how, ())
+        for name, p in clip.named_parameters():
+            p.requires_grad_(name.startswith(begins))
+    return sum(p.numel() for p in clip.parameters() if p.requires_grad)
+
+
+class SentenceLoss:
+    """SigLIP's loss on pairs of scan and sentence.
+
+    Every sentence of `medtut.models.text_tower.TEMPLATES` about a finding belongs to a
+    scan of which its report says so. `WITHHELD` findings stay unnamed.
+    """
+
+    def __init__(self, clip: CTCLIP, source: str) -> None:
+        import torch
+
+        self.named = [i for i, f in enumerate(FINDINGS) if f not in WITHHELD]
+        sides = (torch.from_numpy(p[self.named]) for p in prompt_vectors(clip, source))
+        self.yes, self.no = sides
+
+    def __call__(self, clip: Any, items: dict[str, Tensor]) -> Tensor:
+        import torch
+        from torch.nn.functional import binary_cross_entropy_with_logits as bce
+
+        image = clip.encode_image(items["volume"])
+        way = int(torch.randint(self.yes.shape[1], ()))
+        text = torch.cat((self.yes[:, way], self.no[:, way])).to(image)
+        truth = items["truth"][:, self.named]
+        with torch.autocast(image.device.type, enabled=False):
+            logits = clip.log_scale.exp() * image.float() @ text.float().T
+            return bce(logits + clip.logit_bias, torch.cat((truth, 1 - truth), 1))
+
+
+def adapt(
+    how: str, seed: int, rate: float, settings: Any, part: Part,
+    validate: bool = False, progress: bool = False,
+) -> tuple[CTCLIP, Any]:  # fmt: skip
+    """Train the checkpoint on the reports of the target; see `prepare_for`.
+
+    Parameters
+    ----------
+    validate : bool
+        Half as many steps on three quarters of the patients; ``best["score"]`` of the
+        result is less the loss on the others.
+
+    Returns
+    -------
+    model, FitResult or None where nothing is trained
+    """
+    import torch
+
+    from medtut.course.lessons.common import precision, train_config
+    from medtut.models.ctclip import load_ctclip
+    from medtut.train import fit
+
+    clip = load_ctclip(weights_file(settings))
+    torch.manual_seed(seed)
+    if not prepare_for(clip, how, settings.rank):
+        return clip, None
+    cut = len(part.truth) * 3 // 4 if validate else len(part.truth)
+    loss, held = SentenceLoss(clip, settings.text), Scans(part, slice(cut, None))
+
+    def score(model: Any) -> dict[str, float]:
+        items = torch.utils.data.default_collate([held[i] for i in range(len(held))])
+        torch.manual_seed(0)
+        return {"score": -float(np.mean([float(loss(model, items)) for _ in "four"]))}
+
+    steps = max(1, settings.target_steps // 2) if validate else settings.target_steps
+    config = train_config(settings, rate, seed, steps, 0, precision=precision(settings))
+    data = Scans(part, slice(cut))
+    more = {"validate": score} if validate else {}
+    return clip, fit(clip, loss, data, config, progress=progress, **more)

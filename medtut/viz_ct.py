@@ -1,0 +1,33 @@
+"""Slices of a CT as a radiologist sees them, and where a sentence looks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Thousands of HU, as `medtut.data.ct_volume.prepare` gives them.
+WINDOWS = {"lung": (-1.0, 0.2), "soft tissue": (-0.16, 0.24)}
+
+
+def show_slice(
+    ax: Axes, volume: np.ndarray, z: int, window: tuple[float, float], title: str = ""
+) -> None:
+    """An axial slice of a prepared volume (D, H, W)."""
+    low, high = window
+    ax.imshow(volume[z], cmap="gray", vmin=low, vmax=high)
+    ax.set_title(title, fontsize=9)
+    ax.set_axis_off()
+
+
+def show_relevance(ax: Axes, volume: np.ndarray, found: np.ndarray, title: str) -> None:
+    """The slice of the strongest token, patches that speak for a sentence coloured."""
+    z = int(np.argmax(found.max((1, 2))))
+    side = [n // d for n, d in zip(volume.shape, found.shape, strict=True)]
+    show_slice(ax, volume, z * side[0] + side[0] // 2, WINDOWS["lung"], title)
+    large = np.kron(found[z], np.ones(side[1:]))
+    strong = np.clip(large / max(found.max(), 1e-9), 0, 1)
+    ax.imshow(strong, cmap="cividis", alpha=0.6 * strong, vmin=0, vmax=1)
