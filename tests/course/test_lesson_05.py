@@ -49,7 +49,7 @@ def patient(seed, body="lung1"):
         mask[20 + i : 26 + i, 30 + 2 * i : 34 + 2 * i, 8 + i : 9 + i + i % 3] = True
         hu[mask] = 20 * i
         kind = "pacemaker" if name == "Medical material" else ""
-        voxels = 1 if severity < 0.3 else int(mask.sum())
+        voxels = 1 + (severity > 0.3) if severity < 0.6 else int(mask.sum())
         findings[name] = Drawn(severity, "left", "left lower lobe", 9.0, voxels, kind)
         masks[name] = mask
     hu += rng.integers(-9, 10, 48).astype(np.float32)
@@ -130,12 +130,13 @@ def test_presets_fit_the_schema():
         assert (one.image, one.spacing) == ((48, 96, 96), (6.0, 3.6, 3.6))
         assert (one.weights, one.text) == ("small", "asset")
         # No person is in two parts, whichever of them were drawn as one split.
-        spans = [range(a, a + getattr(one, n)) for n, a in ct.FIRST.items()]
+        counts = one.model_dump() | {"other_body": one.dev}
+        spans = [range(a, a + counts[n]) for n, a in ct.FIRST.items()]
         assert sum(map(len, spans)) == len(set().union(*spans))
         # The checkpoint's own patients come from another seed, so 0 is free.
         assert min(map(min, spans)) == 0
     assert found["smoke"].train < found["quick"].train < found["full"].train
-    assert set(ct.FIRST) <= set(l05.Settings.model_fields)
+    assert set(ct.FIRST) - {"other_body"} <= set(l05.Settings.model_fields)
 
 
 @pytest.mark.parametrize(
@@ -184,12 +185,13 @@ def test_parts_are_of_their_own_body_scanner_and_numbers(
     monkeypatch.setenv("MEDTUT_CACHE", str(tmp_path))
     for name, who, split in (
         ("train", ("lung1", "source"), "train"),
-        ("target_train", ("lung2", "target"), "train"),
-        ("target_test", ("lung2", "target"), "valid"),
+        ("target_train", ("lung1", "target"), "train"),
+        ("target_test", ("lung1", "target"), "valid"),
+        ("other_body", ("lung2", "source"), "valid"),
     ):
         drawn.clear()
         part, first = ct.load_part(name, settings()), ct.FIRST[name]
-        count = getattr(settings(), name)
+        count = (settings().model_dump() | {"other_body": settings().dev})[name]
         numbers = range(first, first + count)
         assert sorted(drawn) == [(*who, 0, n) for n in numbers]
         keys = [f"{split}_{n + 1}_a_1.nii.gz" for n in numbers]
@@ -336,10 +338,10 @@ def test_arms_begin_at_the_embedding_of_the_checkpoint(
     assert len(made) == 3
 
 
-def test_a_model_has_the_switches_of_its_design(settings):
+def test_a_model_has_the_switches_of_its_design(settings, clip):
     shape, given = (2, 3, 2, 16), settings(depth=2, batch_size=16)
     for name, design in DESIGNS.items():
-        model = ct.arm_model(design, given, shape, WIDTH)
+        model = ct.arm_model(design, given, shape)
         assert model.kind == design.loss
         tower = model.image_tower
         assert (tower.config["norm"], tower.config["ffn"]) == (design.norm, design.ffn)
@@ -348,11 +350,23 @@ def test_a_model_has_the_switches_of_its_design(settings):
         if design.loss == "sigmoid":
             bias = float(model.logit_bias.detach())
             assert 1 / (1 + math.exp(-bias)) == pytest.approx(1 / batch, rel=1e-4), name
-        # All of it is trained: nothing is left of an embedding.
+        # The text side is the checkpoint's and stays, all else is trained.
+        still = [n for n, p in model.named_parameters() if not p.requires_grad]
+        assert still == ["to_text.weight"]
+        assert torch.equal(model.to_text.weight, clip.to_text.weight)
         image = model.to_image(tower.mix(torch.randn(3, *shape)))
-        assert image.shape == (3, 128)
+        assert image.shape == (3, 8)
         text = model.encode_text(torch.randn(3, WIDTH))
         assert find_dead(model, model.loss(F.normalize(image, dim=-1), text)) == []
+
+
+def test_a_report_is_the_mean_of_its_sentences():
+    said = ["A node of 4.5 mm is seen.", "No effusion.", "A lung nodule."]
+    records = [SimpleNamespace(findings=" ".join(said[:2]), impression=said[2]),
+               SimpleNamespace(findings="", impression=said[1])]  # fmt: skip
+    found = ct.report_vectors(Part(records, None, None), "text")
+    each = Tower().embed(said)
+    np.testing.assert_allclose(found, [each.mean(0), each[1]], atol=1e-6)
 
 
 @pytest.fixture
@@ -412,7 +426,8 @@ def test_every_arm_sees_as_many_volumes(settings, spy, tokens, name, batch, step
     half = ct.train_arm(name, 4, 1e-3, given, {"train": part}, epochs=1.0)[1]
     assert half.steps == max(2, steps // 2)
     torch.manual_seed(3)
-    start = ct.arm_model(DESIGNS[name], given, (2, 2, 2, 16), WIDTH)
+    start = ct.arm_model(DESIGNS[name], given, (2, 2, 2, 16))
+    assert torch.equal(start.to_text.weight, model.to_text.weight)
     moved = zip(start.parameters(), model.parameters(), strict=True)
     assert sum(not torch.equal(a, b) for a, b in moved) > 20
 
@@ -435,7 +450,7 @@ def test_an_arm_learns_which_report_belongs_to_which_volume(settings, tokens, na
 def test_scores_of_an_arm_are_zero_shot(settings, tokens):
     part, given = synthetic(5), settings(text="words")
     torch.manual_seed(0)
-    model = ct.arm_model(DESIGNS["sigmoid_b4"], given, (2, 2, 2, 16), WIDTH).train()
+    model = ct.arm_model(DESIGNS["sigmoid_b4"], given, (2, 2, 2, 16)).train()
     found = ct.arm_scores(model, part, given)
     assert found.shape == (5, 18)
     assert not model.training
@@ -661,7 +676,8 @@ def test_a_run_on_the_source_stores_what_the_lesson_reads(settings, monkeypatch)
     loss = [row["loss"] for row in result.history]
     assert found["loss"] == pytest.approx([loss[0], loss[-1]])
     assert found["failed"] == (loss[-1] >= loss[0])
-    assert found["trainable"] == sum(p.numel() for p in model.parameters())
+    every = sum(p.numel() for p in model.parameters())
+    assert found["trainable"] == every - model.to_text.weight.numel()
     assert found["train_seconds"] > 0
 
 
@@ -673,7 +689,8 @@ def test_a_run_on_the_target_is_judged_there(settings, clip, monkeypatch):
     test = parts["target_test"]
     plain, lora = l05.run_arm("as_is", 0, given), l05.run_arm("lora", 0, given)
     json.dumps([plain, lora])
-    want = ct.zero_shot(clip, ct.embed(clip, test.volumes), given.text)
+    vectors = ct.embed(clip, test.volumes)
+    want = ct.zero_shot(clip, vectors, given.text, TEMPLATES[:1])
     np.testing.assert_allclose(plain["scores"], want, atol=1e-4)
     assert plain["score"] == pytest.approx(l05.macro(want, test.truth))
     assert (plain["lr"], plain["validation_by_lr"], plain["trainable"]) == (None, {}, 0)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 WITHHELD = ("Pericardial effusion", "Mosaic attenuation pattern")
 # Numbers of the first patient, so that no two parts share a person.
 FIRST = {"train": 0, "dev": 2000, "test": 3000, "target_train": 4000,
-         "target_test": 5000}  # fmt: skip
+         "target_test": 5000, "other_body": 6000}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +52,10 @@ class Part:
 def load_part(name: str, settings: Any) -> Part:
     """Patients of `FIRST`: drawn, or of ``data`` where it stands for the target.
 
-    Drawn, the source is the body lung1 on the source scanner, the target is the body
-    lung2 on the target scanner. A folder in the layout of CT-RATE replaces the target:
-    its ``train`` to adapt on, its ``valid`` to be judged on.
+    Drawn, the source is the body lung1 on the source scanner, the target is that body
+    on the target scanner, and the other body, lung2, is on the source scanner. A folder
+    in the layout of CT-RATE replaces the target: its ``train`` to adapt on, its
+    ``valid`` to be judged on.
 
     Raises
     ------
@@ -64,7 +65,8 @@ def load_part(name: str, settings: Any) -> Part:
     from medtut.data import ct_rate
     from medtut.data.chest_cohort import ChestSpec, chest_folder
 
-    count, target = getattr(settings, name), name.startswith("target")
+    count = getattr(settings, "dev" if name == "other_body" else name)
+    target = name.startswith("target")
     split = "train" if name.endswith("train") else "valid"
     if target and settings.data is not None:
         found = ct_rate.find_volumes(settings.data, split)
@@ -77,8 +79,9 @@ def load_part(name: str, settings: Any) -> Part:
         order = np.random.default_rng(0).permutation(len(known))[:count]
         records = [known[i] for i in sorted(order)]
     else:
-        who = ("lung2", "target") if target else ("lung1", "source")
-        spec = ChestSpec(*who, split, count, FIRST[name])
+        body = "lung2" if name == "other_body" else "lung1"
+        scanner = "target" if target else "source"
+        spec = ChestSpec(body, scanner, split, count, FIRST[name])
         records = ct_rate.find_volumes(chest_folder(spec, progress=True), split)
     volumes = ct_rate.load(records, settings.image, settings.spacing, progress=True)
     return Part(records, volumes, np.stack([r.labels for r in records]))

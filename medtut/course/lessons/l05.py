@@ -41,7 +41,7 @@ class Settings(LessonSettings):
         was trained with.
     image, spacing : voxels (D, H, W) of a volume and their sides in mm.
     train, dev, test : source patients: of the sweep, to choose thresholds on, to judge
-        on.
+        on. There are as many of the other body as of dev.
     target_train, target_test : of the other scanner.
     epochs, batch_size, depth : of the arms of the sweep; layers in plane and in depth.
     precision : of every training; "auto" is bfloat16 where the machine computes in it.
@@ -137,6 +137,8 @@ def run_arm(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
     """
     grid = {} if arm == "as_is" else tuned(arm, settings)
     rate = common.best_rate(grid) if grid else None
+    from medtut.models.text_tower import TEMPLATES
+
     if arm in DESIGNS:
         parts = source_parts(settings)
         model, result = train_arm(arm, seed, rate, settings, parts)
@@ -145,7 +147,7 @@ def run_arm(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
         parts = target_parts(settings)
         model, result = adapt(arm, seed, rate or 1.0, settings, parts["target_train"])
         vectors = embed(model, parts["target_test"].volumes)
-        found = zero_shot(model, vectors, settings.text)
+        found = zero_shot(model, vectors, settings.text, TEMPLATES[:1])
         truth = parts["target_test"].truth
     told: dict[str, Any] = {
         "score": macro(found, truth), "scores": found.round(4).tolist(),
