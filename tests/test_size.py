@@ -22,6 +22,7 @@ OWNERS = {
     "course/lessons/common.py": "00",
     "course/lessons/ct.py": "05",
     "course/lessons/ct_published.py": "05",
+    "course/lessons/ct_target.py": "05",
     "course/lessons/medclip.py": "02",
     "course/lessons/sam.py": "03",
     "course/lessons/sam_judge.py": "03",

@@ -139,11 +139,13 @@ class CTCLIP(nn.Module):
 
     def encode_image(self, volumes: Tensor) -> Tensor:
         """Vectors (B, latent) of length one from volumes (B, 1, D, H, W) in [-1, 1]."""
-        return F.normalize(self.to_image(self.image_tower(volumes)).float(), dim=-1)
+        tokens = self.image_tower(volumes.to(self.log_scale.device))
+        return F.normalize(self.to_image(tokens).float(), dim=-1)
 
     def encode_text(self, features: Tensor) -> Tensor:
         """Vectors (B, latent) of length one from features (B, text_width)."""
-        return F.normalize(self.to_text(features).float(), dim=-1)
+        own = self.to_text(features.to(self.log_scale.device))
+        return F.normalize(own.float(), dim=-1)
 
     def forward(self, volumes: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Both kinds of vectors."""
@@ -167,14 +169,14 @@ def relevance(clip: CTCLIP, volume: Tensor, direction: Tensor) -> Tensor:
     estimated. For a model with ``projection="attention"``.
     """
     with torch.no_grad():
-        tokens = clip.image_tower(volume[None, None])
+        tokens = clip.image_tower(volume[None, None].to(clip.log_scale))
         pool, out = clip.to_image[0], clip.to_image[1]
         flat = tokens.flatten(1, 3)
         weight = pool.query(flat).softmax(1)
         value = pool.value(flat).unflatten(-1, (weight.shape[-1], -1))
-        spoken = (out.weight.T @ direction).view(value.shape[2:])
+        spoken = (out.weight.T @ direction.to(out.weight)).view(value.shape[2:])
         parts = (weight[..., None] * value * spoken).sum((-2, -1))
-    return parts.view(tokens.shape[1:4])
+    return parts.view(tokens.shape[1:4]).cpu()
 
 
 def save_ctclip(model: CTCLIP, path: Path | str, **note: object) -> Path:

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 import medtut.train
-from medtut.course.lessons import ct, l05
+from medtut.course.lessons import ct, ct_target, l05
 from medtut.course.lessons.ct import DESIGNS, Part
 from medtut.course.profiles import PROFILES, SettingsError, resolve
 from medtut.data import chest_cohort
@@ -471,7 +471,7 @@ def test_what_is_trained_is_what_was_asked_for(clip, part, root):
     before = clip.encode_image(x).detach()
     for how in ("lora", "head", "full", "as_is"):
         model = load_ctclip(root / "tiny.safetensors")
-        count = ct.prepare_for(model, how, 4)
+        count = ct_target.prepare_for(model, how, 4)
         names = [n for n, p in model.named_parameters() if p.requires_grad]
         assert count == sum(p.numel() for p in model.parameters() if p.requires_grad)
         torch.testing.assert_close(model.encode_image(x), before)  # nothing yet
@@ -504,12 +504,12 @@ def test_the_rank_of_every_profile_fits_the_courses_model():
     for name in PROFILES:
         model = CTCLIP(tower, 384, 128, "attention", pool_heads=32)
         rank = resolve(LESSON, name).rank
-        assert 0 < ct.prepare_for(model, "lora", rank) < 1_000_000
+        assert 0 < ct_target.prepare_for(model, "lora", rank) < 1_000_000
         tower = CTViT(**tower.config)
 
 
 def test_a_sentence_belongs_to_scans_of_which_it_is_true(clip, part):
-    loss = ct.SentenceLoss(clip, "text")
+    loss = ct_target.SentenceLoss(clip, "text")
     x = torch.from_numpy(np.float32(part.volumes))[:, None]
     truth = torch.from_numpy(part.truth).float()
     torch.manual_seed(2)
@@ -551,7 +551,7 @@ def test_withheld_here_and_in_the_pretraining_are_the_same():
 @pytest.mark.parametrize("how", ["lora", "head", "full"])
 def test_adapting_changes_the_image_side_alone(settings, part, clip, spy, how):
     given = settings(target_steps=3)
-    model, result = ct.adapt(how, 1, 1e-2, given, part)
+    model, result = ct_target.adapt(how, 1, 1e-2, given, part)
     assert result.steps == spy[0].config.steps == 3
     assert result.best is None
     assert len(spy[0].data) == 4
@@ -565,14 +565,14 @@ def test_adapting_changes_the_image_side_alone(settings, part, clip, spy, how):
     with torch.no_grad():
         gap = model.eval().encode_image(x) - clip.encode_image(x)
         assert gap.abs().max() > 1e-3
-    again, _ = ct.adapt(how, 1, 1e-2, given, part)
+    again, _ = ct_target.adapt(how, 1, 1e-2, given, part)
     pairs = zip(model.parameters(), again.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_a_rate_is_judged_on_patients_that_were_not_trained_on(settings, part, spy):
     given = settings(target_steps=5)
-    model, result = ct.adapt("head", 1, 1e-2, given, part, validate=True)
+    model, result = ct_target.adapt("head", 1, 1e-2, given, part, validate=True)
     (call,) = spy
     assert call.config.steps == 2
     assert np.array_equal(call.data.volumes, part.volumes[:3])
@@ -580,7 +580,7 @@ def test_a_rate_is_judged_on_patients_that_were_not_trained_on(settings, part, s
     item = call.data[2]
     assert item["volume"].shape == (1, *IMAGE)
     assert np.array_equal(item["truth"], part.truth[2])
-    loss = ct.SentenceLoss(model, given.text)
+    loss = ct_target.SentenceLoss(model, given.text)
     items = {
         "volume": torch.from_numpy(np.float32(part.volumes[3:]))[:, None],
         "truth": torch.from_numpy(part.truth[3:]).float(),
@@ -592,7 +592,7 @@ def test_a_rate_is_judged_on_patients_that_were_not_trained_on(settings, part, s
 
 
 def test_as_it_is_nothing_is_trained(settings, part, clip, spy):
-    model, result = ct.adapt("as_is", 1, 1e-2, settings(), part)
+    model, result = ct_target.adapt("as_is", 1, 1e-2, settings(), part)
     assert (result, spy) == (None, [])
     pairs = zip(model.parameters(), clip.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -648,11 +648,11 @@ def test_on_the_target_a_rate_is_chosen_by_loss(settings, monkeypatch):
     assert grid == {str(r): -r for r in l05.TARGET_RATES}
     for change in ({"train": 9}, {"epochs": 2.0}, {"depth": 3}, {"target_test": 9}):
         assert l05.tuned("lora", settings(**change)) == grid
-    assert len(asked) == 3
+    assert len(asked) == len(l05.TARGET_RATES)
     for change in ({"rank": 2}, {"target_steps": 7}, {"target_train": 5}):
         l05.tuned("lora", settings(**change))
     l05.tuned("head", settings())
-    assert len(asked) == 3 * 5
+    assert len(asked) == len(l05.TARGET_RATES) * 5
 
 
 def test_a_run_on_the_source_stores_what_the_lesson_reads(settings, monkeypatch):

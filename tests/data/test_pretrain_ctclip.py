@@ -221,7 +221,8 @@ def test_patches_come_with_what_is_outlined_in_them(script, stem):
     outline[1, 0, 0, 0, nodule] = 1  # in the air, and yet shown
     outline[..., hidden] = 2
     data = script.Patches(stem, volumes, [outline])
-    assert len(data) == 2
+    assert len(data) == 4, "each volume as it is, and as another scanner shows it"
+    assert (data.rows[2][0][:, :29] - data.rows[0][0][:1, :29]).abs().max() > 0
     parts, label = data.rows[0]
     assert parts.shape[1:] == (32, 3, 3, 3)
     at = script.NAMED.index(nodule)
@@ -250,9 +251,9 @@ def test_of_a_finding_everywhere_few_patches_are_kept(script, stem):
     outline = torch.zeros(1, 4, 4, 4, 18, dtype=torch.uint8)
     outline[0, ..., FINDINGS.index("Emphysema")] = 2
     empty = np.full((1, *SHAPE), -1, np.float16)
-    ((parts, label),) = script.Patches(stem, [empty], [outline]).rows
-    assert len(parts) == 24
-    assert (label.sum(1) == 2).all()
+    for parts, label in script.Patches(stem, [empty], [outline]).rows:
+        assert len(parts) == 24
+        assert (label.sum(1) == 2).all()
 
 
 def test_rare_findings_count_more_but_not_without_end(script):
@@ -336,25 +337,30 @@ def test_the_loss_is_where_which_sentence_and_which_report(script, small):
     model.zero_grad()
 
 
-def test_scans_change_a_little_each_time_and_air_hardly(script):
+def test_scans_differ_each_time(script):
     volumes = [np.stack([volume(0)]), np.stack([volume(1), np.full(SHAPE, -1, "f2")])]
     outline = [torch.randint(0, 3, (len(v), 4, 4, 4, 18)).byte() for v in volumes]
     data = script.Scans(volumes, outline)
     assert len(data) == 3
-    for n, (part, i) in enumerate([(0, 0), (1, 0), (1, 1)]):
-        torch.manual_seed(n)
-        one = data[n]
+    gaps = []
+    for n, (part, i) in enumerate([(0, 0), (1, 0), (1, 1)] * 4):
+        np.random.seed(n)
+        one, n = data[n % 3], n % 3
         assert one["number"] == n
         x = torch.from_numpy(volumes[part][i]).float()[None]
         assert one["volume"].shape == x.shape
         assert one["volume"].abs().max() <= 1
-        gap = (one["volume"] - x).abs()
-        assert 0 < gap.mean() < 0.03
+        gaps.append(float((one["volume"] - x).abs().mean()))
         want = outline[part][i][..., script.NAMED] / 2
         assert torch.equal(one["outline"], want)
-        torch.manual_seed(n)
-        assert torch.equal(data[n]["volume"], one["volume"])
-        assert not torch.equal(data[n]["volume"], one["volume"])
+        assert type(one["volume"]) is torch.Tensor
+    np.random.seed(5)
+    first, then = data[0]["volume"], data[0]["volume"]
+    np.random.seed(5)
+    assert torch.equal(data[0]["volume"], first)
+    assert not torch.equal(first, then)
+    # Volumes of white noise, of which smoothing leaves little.
+    assert min(gaps) < 0.05 < max(gaps) < 0.5
 
 
 @torch.no_grad()

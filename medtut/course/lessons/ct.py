@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medtut.data.cache import cache_dir
+from medtut.data.chest_anatomy import recipe as chest_recipe
 from medtut.data.ct_rate import FINDINGS
 from medtut.errors import MedtutError
 
@@ -138,7 +139,8 @@ def prompt_vectors(
 
     found = prompt_features(text_tower(source), FINDINGS, templates or TEMPLATES)
     with torch.no_grad():
-        return tuple(clip.encode_text(torch.from_numpy(p)).numpy() for p in found)
+        sides = (clip.encode_text(torch.from_numpy(p)) for p in found)
+        return tuple(side.cpu().numpy() for side in sides)
 
 
 def embed(clip: CTCLIP, volumes: np.ndarray, batch: int = 8) -> np.ndarray:
@@ -152,7 +154,7 @@ def embed(clip: CTCLIP, volumes: np.ndarray, batch: int = 8) -> np.ndarray:
             clip.encode_image(torch.from_numpy(np.array(v, np.float32))[:, None])
             for v in parts
         ]
-    return torch.cat(found).numpy()
+    return torch.cat(found).cpu().numpy()
 
 
 def zero_shot(
@@ -209,7 +211,8 @@ def embedded(part: Part, settings: Any) -> np.ndarray:
         return {"tokens": torch.cat(found).numpy()}
 
     files = [sha256_of(weights_file(settings)), *(r.name for r in part.records)]
-    key = {"version": 1, "files": files, "truth": part.truth.tolist(),
+    key = {"version": 2, "recipe": chest_recipe()["version"], "files": files,
+           "truth": part.truth.tolist(),
            "data": settings.data, "image": settings.image,
            "spacing": settings.spacing}  # fmt: skip
     return cached_arrays("ctclip_tokens", key, make)["tokens"]
@@ -302,112 +305,8 @@ def arm_scores(model: Any, part: Part, settings: Any) -> np.ndarray:
     from torch.nn.functional import normalize
 
     model.eval()
-    tokens = torch.from_numpy(embedded(part, settings)).float()
+    tokens = torch.from_numpy(embedded(part, settings)).to(model.log_scale)
     with torch.inference_mode():
         found = [model.to_image(model.image_tower.mix(t)) for t in tokens.split(32)]
-    vectors = normalize(torch.cat(found), dim=-1).numpy()
+    vectors = normalize(torch.cat(found), dim=-1).cpu().numpy()
     return zero_shot(model, vectors, settings.text)
-
-
-# -- another scanner -------------------------------------------------------------------
-class Scans:
-    """Volumes and what their reports affirm."""
-
-    def __init__(self, part: Part, which: slice = slice(None)) -> None:
-        self.volumes, self.truth = part.volumes[which], part.truth[which]
-
-    def __len__(self) -> int:
-        return len(self.truth)
-
-    def __getitem__(self, n: int) -> dict[str, np.ndarray]:
-        volume = np.array(self.volumes[n], np.float32)[None]
-        return {"volume": volume, "truth": self.truth[n].astype("f4")}
-
-
-def prepare_for(clip: CTCLIP, how: str, rank: int) -> int:
-    """Say what is trained, in place; return how many parameters.
-
-    "lora": adapters on every linear map of the image side and the convolution of its
-    embedding, but not on positions: `PositionBias` is two wide, and `PEG` reads the
-    weight by itself. "head": the pooling and its projection. "full": the image side.
-    "as_is": nothing.
-    """
-    from medtut.lora import LoRAConfig, inject
-
-    if how == "lora":
-        where = r"^(to_image|image_tower\.(?!bias|.*\.peg))"
-        inject(clip, LoRAConfig(r=rank, alpha=2 * rank, pattern=where))
-    else:
-        parts = {"head": ("to_image",), "full": ("to_image", "image_tower")}
-        begins = parts.get(how, ())
-        for name, p in clip.named_parameters():
-            p.requires_grad_(name.startswith(begins))
-    return sum(p.numel() for p in clip.parameters() if p.requires_grad)
-
-
-class SentenceLoss:
-    """SigLIP's loss on pairs of scan and sentence.
-
-    Every sentence of `medtut.models.text_tower.TEMPLATES` about a finding belongs to a
-    scan of which its report says so. `WITHHELD` findings stay unnamed.
-    """
-
-    def __init__(self, clip: CTCLIP, source: str) -> None:
-        import torch
-
-        self.named = [i for i, f in enumerate(FINDINGS) if f not in WITHHELD]
-        sides = (torch.from_numpy(p[self.named]) for p in prompt_vectors(clip, source))
-        self.yes, self.no = sides
-
-    def __call__(self, clip: Any, items: dict[str, Tensor]) -> Tensor:
-        import torch
-        from torch.nn.functional import binary_cross_entropy_with_logits as bce
-
-        image = clip.encode_image(items["volume"])
-        way = int(torch.randint(self.yes.shape[1], ()))
-        text = torch.cat((self.yes[:, way], self.no[:, way])).to(image)
-        truth = items["truth"][:, self.named]
-        with torch.autocast(image.device.type, enabled=False):
-            logits = clip.log_scale.exp() * image.float() @ text.float().T
-            return bce(logits + clip.logit_bias, torch.cat((truth, 1 - truth), 1))
-
-
-def adapt(
-    how: str, seed: int, rate: float, settings: Any, part: Part,
-    validate: bool = False, progress: bool = False,
-) -> tuple[CTCLIP, Any]:  # fmt: skip
-    """Train the checkpoint on the reports of the target; see `prepare_for`.
-
-    Parameters
-    ----------
-    validate : bool
-        Half as many steps on three quarters of the patients; ``best["score"]`` of the
-        result is less the loss on the others.
-
-    Returns
-    -------
-    model, FitResult or None where nothing is trained
-    """
-    import torch
-
-    from medtut.course.lessons.common import precision, train_config
-    from medtut.models.ctclip import load_ctclip
-    from medtut.train import fit
-
-    clip = load_ctclip(weights_file(settings))
-    torch.manual_seed(seed)
-    if not prepare_for(clip, how, settings.rank):
-        return clip, None
-    cut = len(part.truth) * 3 // 4 if validate else len(part.truth)
-    loss, held = SentenceLoss(clip, settings.text), Scans(part, slice(cut, None))
-
-    def score(model: Any) -> dict[str, float]:
-        items = torch.utils.data.default_collate([held[i] for i in range(len(held))])
-        torch.manual_seed(0)
-        return {"score": -float(np.mean([float(loss(model, items)) for _ in "four"]))}
-
-    steps = max(1, settings.target_steps // 2) if validate else settings.target_steps
-    config = train_config(settings, rate, seed, steps, 0, precision=precision(settings))
-    data = Scans(part, slice(cut))
-    more = {"validate": score} if validate else {}
-    return clip, fit(clip, loss, data, config, progress=progress, **more)
