@@ -120,6 +120,64 @@ def part(settings):
     return ct.load_part("target_train", settings())
 
 
+# --- where a sentence looks ---------------------------------------------------------
+
+
+def test_outlines_go_to_the_grid_of_the_settings(settings):
+    outlines = np.zeros((18, 48, 96, 96), bool)
+    outlines[3, 30, 40, 50] = outlines[5, 47, 0, 95] = True
+    same = settings(image=[48, 96, 96], spacing=[6.0, 3.6, 3.6])
+    assert np.array_equal(ct._as_seen(outlines, same), outlines)
+    larger = settings(image=[50, 100, 90], spacing=[6.0, 3.6, 3.6])
+    found = np.argwhere(ct._as_seen(outlines, larger)).tolist()
+    assert found == [[3, 31, 42, 47]]  # 1 more below, 2 in front, 3 less on the side
+    finer = settings(image=[96, 96, 96], spacing=[3.0, 3.6, 3.6])
+    assert np.argwhere(ct._as_seen(outlines, finer)).tolist() == [
+        [3, 60, 40, 50], [3, 61, 40, 50], [5, 94, 0, 95], [5, 95, 0, 95]
+    ]  # fmt: skip
+
+
+def test_pointing_counts_hits_and_what_chance_hits(settings, clip, monkeypatch):
+    given = settings()
+    part = ct.load_part("test", given)
+    nodule, opacity = FINDINGS.index("Lung nodule"), FINDINGS.index("Lung opacity")
+    outlines = np.zeros((18, 48, 96, 96), bool)
+    outlines[nodule, 12:24, 24:48, :24] = True  # all of token (1, 1, 0), no other
+    outlines[opacity, :, 48:72] = True  # the tokens (:, 2, :)
+    monkeypatch.setattr(chest_cohort, "outlines_of", lambda path: outlines)
+    yes, no = ct.prompt_vectors(clip, given.text, TEMPLATES[:1])
+    asked = []
+
+    def strongest(model, volume, direction):
+        assert model is clip
+        assert tuple(volume.shape) == IMAGE
+        found = torch.zeros(4, 4, 4)
+        which = np.abs(yes[:, 0] - no[:, 0] - direction.numpy()).max(1).argmin()
+        asked.append(int(which))
+        # The nodule is found in every third volume, the opacity never.
+        found[(1, 1, 0) if len(asked) % 6 == 1 else (0, 0, 0)] = 1
+        return found
+
+    monkeypatch.setattr("medtut.models.ctclip.relevance", strongest)
+    volumes = part.volumes.astype("f4")
+    found = ct.pointing(clip, Part(part.records, volumes, part.truth), given, count=6)
+    assert asked == [nodule, opacity] * 6
+    inside = F.max_pool3d(torch.from_numpy(volumes[:6, None]), (6, 8, 8))[:, 0] > -0.95
+    there = torch.zeros(2, 4, 4, 4, dtype=bool)
+    there[0, 1, 1, 0] = there[1, :, 2] = True
+    share = [[float(t[i].float().mean()) for t in there] for i in inside]
+    assert found[nodule] == pytest.approx([1 / 3, np.mean(share, 0)[0]])
+    assert found[opacity] == pytest.approx([0, np.mean(share, 0)[1]])
+    others = [i for i in range(18) if i not in (nodule, opacity)]
+    assert np.isnan(found[others]).all()
+    assert 0 < np.mean(share) < 1
+
+
+def test_the_test_part_has_outlines(settings):
+    record = ct.load_part("test", settings()).records[0]
+    assert chest_cohort.outlines_of(record.path).shape == (18, 48, 96, 96)
+
+
 # --- settings --------------------------------------------------------------------
 
 

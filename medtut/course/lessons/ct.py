@@ -82,7 +82,8 @@ def load_part(name: str, settings: Any) -> Part:
     else:
         body = "lung2" if name == "other_body" else "lung1"
         scanner = "target" if target else "source"
-        spec = ChestSpec(body, scanner, split, count, FIRST[name])
+        outlines = name == "test"  # for `pointing`
+        spec = ChestSpec(body, scanner, split, count, FIRST[name], outlines=outlines)
         records = ct_rate.find_volumes(chest_folder(spec, progress=True), split)
     volumes = ct_rate.load(records, settings.image, settings.spacing, progress=True)
     return Part(records, volumes, np.stack([r.labels for r in records]))
@@ -165,6 +166,61 @@ def zero_shot(
 
     sides = prompt_vectors(clip, source, templates)
     return pair_scores(vectors, *sides, float(clip.log_scale.detach().exp()))
+
+
+def _as_seen(outlines: np.ndarray, settings: Any) -> np.ndarray:
+    """Outlines (18, D, H, W) on the grid of the settings, which shares its middle."""
+    from medtut.data.ct_volume import SPACING
+
+    grid = zip(
+        settings.image, settings.spacing, outlines.shape[1:], SPACING, strict=True
+    )
+    places = [
+        np.clip(np.rint((np.arange(n) - (n - 1) / 2) * step / old + (size + 1) / 2),
+                0, size + 1).astype(int)
+        for n, step, size, old in grid
+    ]  # fmt: skip
+    edged = np.pad(outlines, [(0, 0), *[(1, 1)] * 3])  # nothing lies beyond
+    return edged[np.ix_(range(len(edged)), *places)]
+
+
+def pointing(clip: CTCLIP, part: Part, settings: Any, count: int = 60) -> np.ndarray:
+    """How often the strongest token of a sentence lies on the finding it names.
+
+    The pointing game of Zhang et al. (2018, arXiv:1608.00507), for patients that have
+    the finding, beside what a random token of the body would hit.
+
+    Parameters
+    ----------
+    part : of drawn patients with outlines; the first `count` are asked.
+
+    Returns
+    -------
+    (18, 2) shares of hits and of chance; NaN where no patient has the finding.
+    """
+    import torch
+    from torch.nn.functional import adaptive_max_pool3d
+
+    from medtut.data.chest_cohort import outlines_of
+    from medtut.models.ctclip import relevance
+    from medtut.models.text_tower import TEMPLATES
+
+    sides = prompt_vectors(clip, settings.text, TEMPLATES[:1])
+    yes, no = (torch.from_numpy(p[:, 0]) for p in sides)
+    found: list[list[tuple[float, float]]] = [[] for _ in FINDINGS]
+    for record, volume in zip(part.records[:count], part.volumes, strict=False):
+        image = torch.from_numpy(np.array(volume, np.float32))
+        outlines = torch.from_numpy(_as_seen(outlines_of(record.path), settings))
+        for i in outlines.flatten(1).any(1).nonzero().flatten().tolist():
+            tokens = relevance(clip, image, yes[i] - no[i])
+            there, inside = (
+                adaptive_max_pool3d(x[None].float(), tokens.shape).flatten()
+                for x in (outlines[i], image > -0.95)
+            )
+            hit = float(there[tokens.argmax()])
+            chance = float(there[inside > 0].mean())
+            found[i].append((hit, chance))
+    return np.array([np.mean(f, 0) if f else (np.nan, np.nan) for f in found])
 
 
 # -- the arms of the sweep -------------------------------------------------------------
