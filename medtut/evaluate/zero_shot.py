@@ -352,7 +352,7 @@ def histogram_and_pooled(volumes: Array, bins: int = 32, cells: int = 4) -> np.n
 
     rows = []
     for number, volume in enumerate(volumes):
-        v = torch.as_tensor(volume).float().squeeze(0).clip(-1, 1)
+        v = torch.tensor(np.asarray(volume, np.float32)).squeeze(0).clip(-1, 1)
         if v.isnan().any():
             raise MedtutError(f"Volume {number} holds NaN; read it again.")
         share = torch.histc(v, bins, -1, 1) / v.numel()
