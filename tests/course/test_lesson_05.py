@@ -30,7 +30,7 @@ from medtut.models.text_tower import TEMPLATES, prompts
 LESSON, WIDTH = "05_ctclip_modern", 12
 IMAGE, SPACING = (24, 32, 32), (12.0, 10.8, 10.8)
 TINY = {"image": list(IMAGE), "spacing": list(SPACING), "precision": "fp32", "rank": 4,
-        "dev": 8, "test": 10, "target_test": 8}  # fmt: skip
+        "dev": 8, "test": 10, "target_train": 4, "target_test": 8}  # fmt: skip
 CACHES = ct.text_tower, l05.source_parts, l05.target_parts
 NAMED = [i for i, f in enumerate(FINDINGS) if f not in ct.WITHHELD]
 
