@@ -4,12 +4,14 @@
 
 The hospitals are the sources of `medtut.data.abdomen_cohort`: each outlines some of the
 29 structures of the template, and no structure that the lesson calls novel. The loss is
-a sigmoid Dice and a cross-entropy over the structures that a volume's hospital outlines
-(`medtut.models.partial_loss`); of the others nothing is known, and they give no
-gradient. Hospitals are seen equally often.
+a sigmoid Dice and a balanced cross-entropy over the structures that a volume's hospital
+outlines (`medtut.models.partial_loss`); of the others nothing is known, and they give
+no gradient. Hospitals are seen equally often. With Dice alone, or with a plain
+cross-entropy beside it, all but the liver stayed empty for 200 steps.
 
-A patch of 64³ voxels of 6 mm is as wide as a body: position in the body is half of what
-tells organs apart, and a scan is one or two patches. The patients have a seed of their
+A patch of 64 x 64 x 32 voxels of 6 mm is as wide as a body: position in the body is half
+of what tells organs apart. Windows of attention are 4³ tokens instead of the published
+7³, which makes a step on a CPU three times as fast. The patients have a seed of their
 own: none of them is a patient of the lesson. Held out are further patients of the same
 hospitals, with every structure outlined. An interrupted run goes on where it stopped.
 `--smoke` does a few steps to see that everything fits together.
@@ -47,7 +49,7 @@ from medtut.models.swin_unetr import build_swin_unetr, save_swin_unetr
 from medtut.train import TrainConfig, fit
 
 SEED, COHORT_SEED = 0, 1000  # no pretraining patient is a patient of the lesson
-PATCH = 64
+PATCH = (64, 64, 32)
 LIMIT = 9_000_000  # bytes of the file
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "medtut" / "models" / "weights" / "swin_unetr_small.safetensors"
@@ -115,14 +117,14 @@ class Patches(Dataset):
         case = self.cases[self.order[n]]
         size = torch.tensor(case.image.shape[1:])
         # Where the patch's middle is: anywhere, but most of the patch inside.
-        slack = (size - PATCH).clamp_min(0) / 2 + 4
+        slack = (size - torch.tensor(PATCH)).clamp_min(0) / 2 + 2
         middle = size / 2 + (2 * torch.rand(3) - 1) * slack
         # Turned by up to 8 degrees about the long axis, and scaled by up to 15 %.
         a = (2 * float(torch.rand(1)) - 1) * 0.14
         zoom = 1 + (2 * torch.rand(3) - 1) * 0.15
         turn = torch.tensor([[1, -a, 0], [a, 1, 0], [0, 0, 1]]) * zoom[None]
-        line = torch.arange(PATCH) - (PATCH - 1) / 2
-        grid = torch.stack(torch.meshgrid(line, line, line, indexing="ij"), -1)
+        lines = [torch.arange(n) - (n - 1) / 2 for n in PATCH]
+        grid = torch.stack(torch.meshgrid(*lines, indexing="ij"), -1)
         at = (grid @ turn.T + middle) / (size - 1) * 2 - 1
         at = at.flip(-1)[None]  # grid_sample counts the last axis first
         image = F.grid_sample(case.image[None], at, align_corners=True)[0]
@@ -151,19 +153,15 @@ def other_scanner(image: Tensor) -> Tensor:
 
 
 class Loss:
-    """Dice and cross-entropy over what a hospital outlines."""
+    """Dice and balanced cross-entropy over what a hospital outlines."""
 
     def __init__(self) -> None:
-        self.dice = PartialDice()
+        self.partial = PartialDice(balance=1)
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         logits = model(batch["image"]).float()
         target = torch.stack([targets(i) for i in batch["index"]]).to(logits.device)
-        known = batch["annotated"]
-        every = F.binary_cross_entropy_with_logits(
-            logits[known], target[known], pos_weight=logits.new_tensor(12.0)
-        )
-        return self.dice(logits, target, known) + every
+        return self.partial(logits, target, batch["annotated"])
 
 
 @torch.no_grad()
@@ -176,8 +174,7 @@ def dice_by_organ(model: nn.Module, held: list[Case]) -> dict[str, float]:
 
     scores: dict[str, list[float]] = {name: [] for name in TAUGHT}
     for case in held:
-        roi = (PATCH,) * 3
-        logits = sliding_window_inference(case.image[None], roi, 1, model, 0.25)
+        logits = sliding_window_inference(case.image[None], PATCH, 1, model, 0.25)
         found, target = logits[0] > 0, targets(case.index) > 0
         for i, name in enumerate(STRUCTURES):
             if name in TAUGHT and target[i].any():
@@ -192,9 +189,9 @@ def main() -> None:
     parser.add_argument("--patients", type=int, default=64, help="of every hospital")
     parser.add_argument("--held-out", type=int, default=4, help="of every hospital")
     parser.add_argument("--spacing", type=float, default=6.0, help="mm")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--work", type=Path, default=Path("build/pretrain_swin_unetr"))
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
@@ -217,7 +214,7 @@ def main() -> None:
         print(f"{name}: {', '.join(annotated_by(name))}", flush=True)
     drawn = time.time() - began
 
-    model = build_swin_unetr(12, len(STRUCTURES), seed=SEED)
+    model = build_swin_unetr(12, len(STRUCTURES), seed=SEED, window_size=4)
     nn.init.constant_(model.classifier.bias, -3.0)  # an organ is a rare thing
     config = TrainConfig(
         steps=args.steps,
@@ -227,7 +224,7 @@ def main() -> None:
         warmup=min(50, args.steps // 2),
         precision="fp32",
         clip_norm=1.0,
-        eval_every=max(args.steps // 5, 1),
+        eval_every=max(args.steps // 8, 1),
         checkpoint_every=50,
         seed=SEED,
     )

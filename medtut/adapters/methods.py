@@ -86,6 +86,7 @@ def lora(
     joint: bool = False,
     roles: tuple[str, ...] | None = None,
     adaptive: bool = False,
+    cap: bool = False,
 ) -> set[str]:
     """Low-rank updates of the backbone, by :mod:`medtut.lora`.
 
@@ -105,6 +106,9 @@ def lora(
     adaptive : bool
         Rank chosen by a penalty, see :mod:`medtut.adapters.adaptive_rank`; one more
         parameter per rank and slot.
+    cap : bool
+        Give layers that are narrower than ``rank`` the largest rank they allow,
+        instead of refusing. Their scale is ``alpha`` over that.
     """
     layers = parts.layers(model)
     default = QKV if any(c.roles & ATTENTION for c in layers) else ("conv",)
@@ -117,7 +121,11 @@ def lora(
         raise AdapterError(f"no layer of the backbone has a role of {', '.join(roles)}")
     if not joint:
         exact = "|".join(re.escape(c.name) for c in chosen)
-        inject(model, replace(config, pattern=f"^(?:{exact})$"))
+        sides = {c.name: min(len(c.module.weight) // max(len(c.parts), 1),
+                             c.module.weight[0].numel()) for c in chosen}  # fmt: skip
+        fewer = {f"^{re.escape(n)}$": r for n, r in sides.items() if cap and r < rank}
+        config = replace(config, pattern=f"^(?:{exact})$", rank_pattern=fewer)
+        inject(model, config)
     elif set(roles) != set(QKV) or any(len(c.parts) < 3 for c in chosen):
         raise AdapterError("joint=True needs fused projections of query, key and value")
     else:

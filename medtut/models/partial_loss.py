@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from medtut.data.organs import fault
 
@@ -32,6 +33,27 @@ def soft_dice(probability: Tensor, target: Tensor, smooth: float = 1.0) -> Tenso
     return 1 - (2 * (p * t).sum(2) + smooth) / (p.sum(2) + t.sum(2) + smooth)
 
 
+def balanced_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Binary cross-entropy of every sample and channel, in two halves.
+
+    Half the mean over the voxels of the structure and half the mean over the others, so
+    that 100 voxels weigh as much as the 131,000 around them. Of an absent structure
+    the second half is left.
+
+    Parameters
+    ----------
+    logits, target : (B, C, X, Y, Z)
+
+    Returns
+    -------
+    (B, C) float32
+    """
+    z, t = logits.float().flatten(2), target.float().flatten(2)
+    inside = (t * softplus(-z)).sum(2) / t.sum(2).clamp(min=1)
+    outside = ((1 - t) * softplus(z)).sum(2) / (1 - t).sum(2).clamp(min=1)
+    return (inside + outside) / 2
+
+
 class PartialDice(nn.Module):
     """Sigmoid soft Dice over the structures that a volume's labels speak about.
 
@@ -45,13 +67,19 @@ class PartialDice(nn.Module):
         The second takes every structure as annotated, so that what a hospital did not
         outline is learned as absent. It is there to show what that does.
     smooth : see `soft_dice`.
+    balance : float
+        Weight of `balanced_cross_entropy`, added to each structure's Dice; 0 as
+        published. A network that begins at random predicts nothing of a small organ
+        for hundreds of steps with Dice alone: where Σp is large beside Σt, its
+        gradient is as small for the voxels of the organ as for all others.
     """
 
     def __init__(
         self, unlabelled: Literal["ignore", "background"] = "ignore", smooth: float = 1,
+        balance: float = 0,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.unlabelled, self.smooth = unlabelled, smooth
+        self.unlabelled, self.smooth, self.balance = unlabelled, smooth, balance
 
     def forward(self, logits: Tensor, target: Tensor, annotated: Tensor) -> Tensor:
         """Return the loss, a scalar; 0 if nothing is annotated.
@@ -74,7 +102,10 @@ class PartialDice(nn.Module):
             mask = torch.ones_like(mask)
         # Chosen before the sigmoid, not multiplied after it: 0 times NaN is NaN.
         chosen = logits.masked_fill(~mask[..., None, None, None], 0)
-        each = soft_dice(chosen.sigmoid(), target, self.smooth).masked_fill(~mask, 0)
+        each = soft_dice(chosen.sigmoid(), target, self.smooth)
+        if self.balance:
+            each = each + self.balance * balanced_cross_entropy(chosen, target)
+        each = each.masked_fill(~mask, 0)
         counts = mask.sum(1)
         mean = each.sum(1) / counts.clamp(min=1)
         return mean.sum() / (counts > 0).sum().clamp(min=1)

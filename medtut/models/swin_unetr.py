@@ -26,7 +26,7 @@ from medtut.errors import MedtutError
 PARTS = {"swinViT": "swinViT", "encoder": "bottleneck-and-skips", "down_tr": "encoder"}
 PARTS |= {"decoder": "decoder", "up_tr": "decoder", "classifier": "classifier"}
 SWIN: dict[str, Any] = {"depths": (2, 2, 2, 2), "num_heads": (3, 6, 12, 24)}
-SWIN |= {"patch_size": 2, "window_size": 7, "qkv_bias": True, "norm_name": "instance"}
+SWIN |= {"patch_size": 2, "qkv_bias": True, "norm_name": "instance"}
 META = ("config", "facts")  # of a saved file
 COMPUTED = "relative_position_index"  # follows from the window, 7.5 MB of integers
 
@@ -73,11 +73,15 @@ class SwinUNETR(nn.Module):
     out_channels : int
     use_checkpoint : bool
         Compute the transformer blocks twice instead of keeping their activations.
+    window_size : int
+        Tokens along a side of the attention's window. 7 as published; the course's own
+        weights have 4: with heads of four channels a window of 343 tokens takes most
+        of a step on a CPU, and one of 64 a sixth of it.
 
     Attributes
     ----------
     config : dict
-        feature_size, out_channels.
+        feature_size, out_channels, window_size.
     facts : dict
         What the outputs mean, if it is known: ``structures``, ``spacing`` (mm), ``hu``
         (window), and notes. From `load_swin_unetr`.
@@ -94,16 +98,18 @@ class SwinUNETR(nn.Module):
         out_channels: int = 29,
         *,
         use_checkpoint: bool = False,
+        window_size: int = 7,
     ) -> None:
         super().__init__()
-        if feature_size < 12 or feature_size % 12 or out_channels < 1:
+        if feature_size < 12 or feature_size % 12 or min(out_channels, window_size) < 1:
             raise MedtutError(
                 f"SwinUNETR: feature_size={feature_size} must be a multiple of 12, "
-                f"out_channels={out_channels} at least 1."
+                f"out_channels={out_channels} and window_size={window_size} at least 1."
             )
         from monai.networks.nets import SwinUNETR as Published
 
         self.config = {"feature_size": feature_size, "out_channels": out_channels}
+        self.config |= {"window_size": window_size}
         self.facts: dict[str, Any] = {}
         net = Published(1, use_checkpoint=use_checkpoint, **self.config, **SWIN)
         self._modules.update(net._modules)  # under the names they have in MONAI,
@@ -148,11 +154,11 @@ def build_swin_unetr(
     Parameters
     ----------
     feature_size, out_channels : int
-        48 and 29 as published: 62,188,031 parameters. 12 and 29, the course's own:
-        4,078,415.
+        48 and 29 as published: 62,188,031 parameters. The course's own has 12 and 29,
+        and windows of 4.
     seed : int
     **options
-        use_checkpoint of `SwinUNETR`.
+        use_checkpoint, window_size of `SwinUNETR`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -21,6 +21,7 @@ COUNTS = [
     ("lora", {"rank": 4, "joint": True}, 69_120),
     ("lora", {"rank": 4}, 34_560),
     ("lora", {"rank": 4, "adaptive": True}, 34_560 + 8 * 3 * 4),
+    ("lora", {"rank": 64, "cap": True}, 6 * (64 * (96 + 192 + 384) * 2 + 48 * 48 * 2)),
     ("adaptformer", {}, 47_648),
     ("bias", {}, 12_960),
     ("bias", {"select": "all"}, 21_648),
