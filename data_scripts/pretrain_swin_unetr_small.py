@@ -1,6 +1,7 @@
 """Pretrain the small Swin UNETR of lesson 06 on hospitals with partial labels.
 
-    python data_scripts/pretrain_swin_unetr_small.py [--patients 64] [--steps 2000]
+    python data_scripts/pretrain_swin_unetr_small.py --out build/first.safetensors
+    python data_scripts/pretrain_swin_unetr_small.py --start build/first.safetensors
 
 The hospitals are the sources of `medtut.data.abdomen_cohort`: each outlines some of the
 29 structures of the template, and no structure that the lesson calls novel. The loss is
@@ -9,11 +10,11 @@ outlines (`medtut.models.partial_loss`); of the others nothing is known, and the
 no gradient. Hospitals are seen equally often. With Dice alone, or with a plain
 cross-entropy beside it, all but the liver stayed empty for 200 steps.
 
-A patch of 64 x 64 x 32 voxels of 6 mm is as wide as a body: position in the body is half
-of what tells organs apart. Windows of attention are 4³ tokens instead of the published
-7³, which makes a step on a CPU three times as fast. The patients have a seed of their
-own: none of them is a patient of the lesson. Held out are further patients of the same
-hospitals, with every structure outlined. An interrupted run goes on where it stopped.
+A patch of 64 x 64 x 32 voxels of 6 mm is as wide as a body: position in the body is
+half of what tells organs apart. Windows of attention are 4³ tokens instead of the
+published 7³, which makes a step on a CPU three times as fast. The patients have a seed
+of their own: none of them is a patient of the lesson. Held out are further patients of
+these hospitals, with every structure outlined. An interrupted run goes on where it was.
 `--smoke` does a few steps to see that everything fits together.
 """
 
@@ -45,7 +46,11 @@ from medtut.data.partial import BalancedSampler
 from medtut.data.totalseg import load_case
 from medtut.errors import MedtutError
 from medtut.models.partial_loss import PartialDice
-from medtut.models.swin_unetr import build_swin_unetr, save_swin_unetr
+from medtut.models.swin_unetr import (
+    build_swin_unetr,
+    load_swin_unetr,
+    save_swin_unetr,
+)
 from medtut.train import TrainConfig, fit
 
 SEED, COHORT_SEED = 0, 1000  # no pretraining patient is a patient of the lesson
@@ -103,12 +108,13 @@ class Patches(Dataset):
     ----------
     cases : volumes
     length : patches, of every hospital as many.
+    seed : of their order.
     """
 
-    def __init__(self, cases: list[Case], length: int) -> None:
+    def __init__(self, cases: list[Case], length: int, seed: int = SEED) -> None:
         groups = [c.group for c in cases]
         self.cases = cases
-        self.order = list(BalancedSampler(groups, length, SEED))
+        self.order = list(BalancedSampler(groups, length, seed))
 
     def __len__(self) -> int:
         return len(self.order)
@@ -191,7 +197,8 @@ def main() -> None:
     parser.add_argument("--spacing", type=float, default=6.0, help="mm")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--lr", type=float, help="1e-2, or 4e-3 after --start")
+    parser.add_argument("--start", type=Path, help="go on from the weights of a file")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--work", type=Path, default=Path("build/pretrain_swin_unetr"))
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
@@ -200,6 +207,8 @@ def main() -> None:
     if args.smoke:
         args.patients, args.held_out, args.steps = 2, 1, 2
         args.work, args.out = args.work / "smoke", args.work / "smoke.safetensors"
+    args.lr = args.lr or (4e-3 if args.start else 1e-2)
+    args.work = args.work / "second" if args.start else args.work
     if args.threads:
         torch.set_num_threads(args.threads)
 
@@ -216,6 +225,11 @@ def main() -> None:
 
     model = build_swin_unetr(12, len(STRUCTURES), seed=SEED, window_size=4)
     nn.init.constant_(model.classifier.bias, -3.0)  # an organ is a rare thing
+    before: dict[str, Any] = {}
+    if args.start:
+        model = load_swin_unetr(args.start).train()
+        before = {"before": model.facts}
+    seed = SEED + bool(args.start)  # another order, other views
     config = TrainConfig(
         steps=args.steps,
         batch_size=args.batch,
@@ -226,7 +240,7 @@ def main() -> None:
         clip_norm=1.0,
         eval_every=max(args.steps // 8, 1),
         checkpoint_every=50,
-        seed=SEED,
+        seed=seed,
     )
 
     def validate(m: nn.Module) -> dict[str, float]:
@@ -234,7 +248,7 @@ def main() -> None:
         print({k: round(v, 3) for k, v in each.items()}, flush=True)
         return each | {"score": float(np.mean([each.get(k, 0.0) for k in BASE]))}
 
-    patches = Patches(train, args.steps * args.batch)
+    patches = Patches(train, args.steps * args.batch, seed)
     result = fit(model, Loss(), patches, config, validate=validate, out=args.work)
     best = result.best or {}
     facts = {
@@ -246,7 +260,7 @@ def main() -> None:
         "steps": args.steps,
         "batch": args.batch,
         "lr": args.lr,
-        "seed": SEED,
+        "seed": seed,
         "cohort_seed": COHORT_SEED,
         "cohort_version": recipe()["version"],
         "best_step": best.get("step"),
@@ -254,6 +268,7 @@ def main() -> None:
         "minutes_drawing": round(drawn / 60, 1),
         "minutes": round(result.seconds / 60, 1),
         "torch": torch.__version__,
+        **before,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_swin_unetr(model, args.out, STRUCTURES, args.spacing, **facts)

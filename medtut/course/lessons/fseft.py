@@ -152,7 +152,17 @@ def source_patients(part: str, settings: Any) -> tuple[Patient, ...]:
 
 
 def weights_file(settings: Any) -> Path:
-    """The file of the network: the course's own for "small", else a path."""
+    """The file of the network: "small", "fseft" (the published one), or a path.
+
+    Raises
+    ------
+    MedtutError
+        It is nowhere; says where it comes from.
+    """
+    from medtut.models.swin_weights import published_file
+
+    if settings.weights == "fseft":
+        return published_file("fseft")
     path = SMALL_WEIGHTS if settings.weights == "small" else Path(settings.weights)
     if not path.is_file():
         raise MedtutError(
@@ -164,10 +174,18 @@ def weights_file(settings: Any) -> Path:
 
 @lru_cache(maxsize=2)
 def pretrained(path: Path) -> nn.Module:
-    """The network, read once; to be copied before it is changed."""
-    from medtut.models.swin_unetr import load_swin_unetr
+    """The network, read once; to be copied before it is changed.
 
-    return load_swin_unetr(path)
+    A file of `save_swin_unetr`, or else the published checkpoint "fseft".
+    """
+    from medtut.models.swin_unetr import build_swin_unetr, load_swin_unetr
+    from medtut.models.swin_weights import load_published
+
+    if path.suffix == ".safetensors":
+        return load_swin_unetr(path)
+    model = build_swin_unetr()
+    load_published("fseft", path, model)
+    return model.eval()
 
 
 def start(task: str, method: str, seed: int, settings: Any) -> tuple[Any, Adaptation]:

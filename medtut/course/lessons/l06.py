@@ -30,8 +30,8 @@ class Settings(common.TrainingSettings):
 
     Attributes
     ----------
-    weights : "small", the course's own network, a file of `save_swin_unetr`, or the
-        name of a published checkpoint (`medtut.models.swin_weights`).
+    weights : "small", the course's own network; "fseft", the published checkpoint; or
+        a file of `save_swin_unetr`.
     spacing : of the network's grid, mm.
     roi : voxels of a region, each a multiple of 32.
     shots : numbers k of labelled volumes.
