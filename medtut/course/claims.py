@@ -121,6 +121,9 @@ class Claim(_Strict):
         All must hold for "reproduced".
     scale_required : tuple of str
         Profiles whose numbers can decide; in any other, "not at this scale".
+    interval : two metrics, optional
+        Ends of the interval of the difference that the claim is about. Where it holds
+        0, the runs cannot tell, and the verdict is "not at this scale".
     testable : bool
         False when nothing here can decide; then `reason` says why.
     reason : str, optional
@@ -134,13 +137,15 @@ class Claim(_Strict):
     expectation: str = Field(min_length=1)
     rules: tuple[Rule, ...] = ()
     scale_required: tuple[Profile, ...] = ()
+    interval: tuple[str, str] | None = None
     testable: bool = True
     reason: str | None = None
 
     @property
     def metrics(self) -> list[str]:
         """Every metric the rules read, once, in order."""
-        return sorted({key for rule in self.rules for key in rule.metrics})
+        ruled = {key for rule in self.rules for key in rule.metrics}
+        return sorted(ruled | set(self.interval or ()))
 
     @model_validator(mode="after")
     def _whole(self) -> Claim:
@@ -151,7 +156,7 @@ class Claim(_Strict):
                 "reason belongs to a claim with testable: false, or that needs more "
                 "than smoke"
             )
-        if not self.testable and (self.rules or self.scale_required):
+        if not self.testable and (self.rules or self.scale_required or self.interval):
             raise ValueError("testable: false leaves no place for rules or a scale")
         if not self.testable and not self.reason:
             raise ValueError("testable: false needs a reason")
@@ -290,6 +295,11 @@ def _judge_one(claim: Claim, metrics: Mapping[str, Any], profile: str) -> Row:
         if profile == "smoke":
             detail = "smoke is not evidence"
         return Row(claim, "not at this scale", measured, detail)
+    if claim.interval:
+        low, high = (_number(metrics, key) for key in claim.interval)
+        if low <= 0 <= high:
+            detail = f"its interval, {low:.2g} to {high:.2g}, holds 0"
+            return Row(claim, "not at this scale", measured, detail)
     failed = [
         str(r) for r, (_, x) in zip(rules, measured, strict=True) if not r.holds(x)
     ]

@@ -69,7 +69,11 @@ class TextTower(nn.Module):
         cut = {"truncation": True, "max_length": self.max_length, "padding": True}
         given = self.tokenizer(list(texts), return_tensors="pt", **cut)
         hidden = self.bert(**given.to(self.bert.device)).last_hidden_state
-        mask = given["attention_mask"][..., None].to(hidden)
+        return self.pool(hidden, given["attention_mask"].to(hidden.device))
+
+    def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Last layer (B, L, width) and which of it is text (B, L) -> (B, width)."""
+        mask = mask[..., None].to(hidden)
         mean = (hidden * mask).sum(1) / mask.sum(1)
         vectors = mean if self.pooling == "mean" else hidden[:, 0]
         return nn.functional.normalize(vectors, dim=-1) if self.normalise else vectors

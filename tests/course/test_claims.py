@@ -110,6 +110,30 @@ def test_ratio_and_difference_are_measured(write):
         judge("07", {"a": 6, "b": 0}, "quick", folder)
 
 
+def test_an_interval_that_holds_0_decides_nothing(write):
+    rule = {"metric": "x", "op": ">", "value": 0}
+    folder = write(rules=[rule], interval=["low", "high"], scale_required=["quick"])
+
+    def verdict(low, high, x=1.0):
+        row = judge("07", {"x": x, "low": low, "high": high}, "quick", folder).rows[0]
+        return row.verdict
+
+    # Whatever the rules say.
+    assert verdict(-0.1, 0.2) == verdict(-0.1, 0.2, -1.0) == "not at this scale"
+    assert verdict(-0.1, 0.0) == verdict(0.0, 0.1) == "not at this scale"
+    assert verdict(0.01, 0.2) == "reproduced"
+    assert verdict(-0.2, -0.01, -1.0) == "contradicted"
+    given = {"x": -0.004, "low": -0.012, "high": 0.1}
+    row = judge("07", given, "quick", folder).rows[0]
+    assert row.detail == "its interval, -0.012 to 0.1, holds 0"
+    with pytest.raises(ClaimsError, match=r"high \(claim one\)"):
+        judge("07", {"x": 1, "low": 1}, "quick", folder)
+    bare = {"testable": False, "reason": "?", "rules": [], "scale_required": []}
+    write(**bare, interval=["low", "high"])
+    with pytest.raises(ClaimsError, match="testable: false"):
+        judge("07", {}, "quick", folder)
+
+
 def test_missing_metric_is_named_except_in_smoke(write):
     folder = write(scale_required=["smoke", "quick"])
     with pytest.raises(ClaimsError, match=r"x \(claim one\)"):

@@ -182,6 +182,12 @@ def test_what_the_audit_finds_from_outside():
     assert look(True, ct.bootstrap_of(True)) == ()
 
 
+def test_smaller_tokens_make_the_flash_path_differ_more():
+    sizes = (1.0, 0.5, 0.1)
+    found = [ct.flash_differences(range(1), 200, size)[0, 0] for size in sizes]
+    assert 0.6 < found[0] < found[1] - 0.03 < found[2] - 0.06 < 0.94
+
+
 # -- built right -----------------------------------------------------------------------
 def test_fused_attention_is_the_one_written_out(monkeypatch):
     assert ct.fused_difference(range(2), side=6) <= 1e-5
@@ -249,6 +255,20 @@ def test_the_table_by_part_reads_what_the_bench_writes(tmp_path):
     keys = [(arm, loss) for arm in ("published", "same, fused", "all on")
             for loss in ("softmax", "sigmoid")]  # fmt: skip
     assert list(table) == keys[:3] + keys[4:]
+
+
+def test_costs_are_those_of_the_committed_table():
+    found = ct.by_cost(ct.load_bench("cpu"))
+    assert list(found) == ["all on", "all on, checkpointing", "all on, low rank 64",
+                           "all on, attention pooling"]  # fmt: skip
+    memory, speed, parameters = zip(*found.values(), strict=True)
+    # What the lesson says of them.
+    assert [round(x, 2) for x in memory[:2]] == [0.75, 0.41]
+    assert [round(x, 2) for x in speed[:2]] == [1.02, 0.82]
+    assert [round(x / 1e6, 1) for x in parameters] == [4.2, 4.2, 3.1, 1.9]
+    row = {"memory_ratio": 0.5, "total_speedup": 2.0, "parameters": 7}
+    some = {"all on": row, "all on, low rank 64": row | {"memory_ratio": None}}
+    assert ct.by_cost({"arms": some}) == {"all on": (0.5, 2.0, 7)}
 
 
 # -- all of it together ----------------------------------------------------------------

@@ -162,10 +162,9 @@ def train_config(
     """
     from medtut.train import TrainConfig
 
+    more = {"warmup": steps // 20} | more
     more |= {"batch_size": settings.batch_size, "seed": seed, "eval_every": eval_every}
-    return TrainConfig(
-        steps=steps, lr=rate, weight_decay=0.01, warmup=steps // 20, **more
-    )
+    return TrainConfig(steps=steps, lr=rate, weight_decay=0.01, **more)
 
 
 def record(

@@ -11,6 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from medtut.course.lessons.ct_designs import BATCHES as BATCHES
+from medtut.course.lessons.ct_designs import CUBE as CUBE
+from medtut.course.lessons.ct_designs import DESIGNS, Design
+from medtut.course.lessons.ct_designs import LOSSES as LOSSES
+from medtut.course.lessons.ct_designs import SINGLE as SINGLE
 from medtut.data.cache import cache_dir
 from medtut.data.chest_anatomy import recipe as chest_recipe
 from medtut.data.ct_rate import FINDINGS
@@ -44,6 +49,10 @@ class Part:
     records: list[Record]
     volumes: np.ndarray
     truth: np.ndarray
+
+    def some(self, which: slice) -> Part:
+        """Those patients."""
+        return Part(self.records[which], self.volumes[which], self.truth[which])
 
     def texts(self) -> list[str]:
         """Findings and impression of every report."""
@@ -133,12 +142,16 @@ def text_tower(source: str) -> TextTower:
 def prompt_vectors(
     clip: CTCLIP, source: str, templates: Any = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors (18, P, latent) of the sentences that affirm and that deny a finding."""
+    """Vectors (18, P, latent) of the sentences that affirm and that deny a finding.
+
+    By the adapted tower of the arm that has one.
+    """
     import torch
 
     from medtut.models.text_tower import TEMPLATES, prompt_features
 
-    found = prompt_features(text_tower(source), FINDINGS, templates or TEMPLATES)
+    tower = getattr(clip, "words", None) or text_tower(source)
+    found = prompt_features(tower, FINDINGS, templates or TEMPLATES)
     with torch.no_grad():
         sides = (clip.encode_text(torch.from_numpy(p)) for p in found)
         return tuple(side.cpu().numpy() for side in sides)
@@ -166,6 +179,13 @@ def zero_shot(
 
     sides = prompt_vectors(clip, source, templates)
     return pair_scores(vectors, *sides, float(clip.log_scale.detach().exp()))
+
+
+def mean_auroc(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Macro AUROC over the findings that some patients have and some have not."""
+    from medtut.evaluate.zero_shot import auroc
+
+    return float(np.nanmean(auroc(scores, truth)))
 
 
 def _as_seen(outlines: np.ndarray, settings: Any) -> np.ndarray:
@@ -224,26 +244,6 @@ def pointing(clip: CTCLIP, part: Part, settings: Any, count: int = 60) -> np.nda
 
 
 # -- the arms of the sweep -------------------------------------------------------------
-@dataclass(frozen=True)
-class Design:
-    """One arm: what its switches say. A batch of 0 is that of the settings."""
-
-    norm: str = "rms"
-    ffn: str = "swiglu"
-    loss: str = "sigmoid"
-    batch: int = 0
-
-
-LOSSES = ("softmax", "sigmoid")
-CUBE = {
-    f"{norm}_{ffn}_{loss}": Design(norm, ffn, loss)
-    for norm in ("layer", "rms") for ffn in ("geglu", "swiglu") for loss in LOSSES
-}  # fmt: skip
-BATCHES = {f"{loss}_b{n}": Design(loss=loss, batch=n)
-           for loss in LOSSES for n in (4, 8, 32, 64)}  # fmt: skip
-DESIGNS = CUBE | BATCHES
-
-
 def embedded(part: Part, settings: Any) -> np.ndarray:
     """Tokens (N, d, h, w, dim) of the checkpoint's embedding, float16, from the cache.
 
@@ -274,9 +274,14 @@ def embedded(part: Part, settings: Any) -> np.ndarray:
     return cached_arrays("ctclip_tokens", key, make)["tokens"]
 
 
+def sentences(part: Part) -> list[list[str]]:
+    """The sentences of each report."""
+    return [re.split(r"(?<=\.)\s+(?=[A-Z])", text) for text in part.texts()]
+
+
 def report_vectors(part: Part, source: str) -> np.ndarray:
     """The mean vector (N, width) of each report's sentences."""
-    each = [re.split(r"(?<=\.)\s+(?=[A-Z])", text) for text in part.texts()]
+    each = sentences(part)
     vectors = text_tower(source).embed([s for one in each for s in one])
     ends = np.cumsum([len(one) for one in each])[:-1]
     return np.stack([rows.mean(0) for rows in np.split(vectors, ends)])
@@ -286,7 +291,9 @@ def arm_model(design: Design, settings: Any, shape: tuple[int, ...]) -> Any:
     """An untrained model on tokens (d, h, w, dim): tower, pooling and projection.
 
     The text side is the checkpoint's and stays, as in LiT (Zhai et al. 2022,
-    arXiv:2111.07991): a few hundred reports do not teach what "no" means.
+    arXiv:2111.07991): a few hundred reports do not teach what "no" means. One arm has
+    LoRA in its text tower as ``words``. A low-rank projection has an eighth of
+    the latent width as its rank, as 64 is of the published 512.
     """
     from torch import nn
 
@@ -301,13 +308,18 @@ def arm_model(design: Design, settings: Any, shape: tuple[int, ...]) -> Any:
     start = -float(np.log(max(design.batch or settings.batch_size, 2) - 1))
     words = load_ctclip(weights_file(settings)).to_text.requires_grad_(False)
     latent, width = words.weight.shape
-    clip = CTCLIP(tower, width, latent, "attention", design.loss, bias=start)
+    clip = CTCLIP(tower, width, latent, design.projection, design.loss,
+                  max(1, latent // 8), bias=start)  # fmt: skip
     clip.to_text = words
+    if design.text == "lora":
+        from medtut.course.lessons.ct_text import AdaptedText
+
+        clip.words = AdaptedText(text_tower(settings.text))
     return clip
 
 
 class Pairs:
-    """Tokens and the vector of the own report."""
+    """Tokens and the vector of the own report, or its number."""
 
     def __init__(self, tokens: np.ndarray, texts: np.ndarray) -> None:
         self.tokens, self.texts = tokens, texts
@@ -326,7 +338,9 @@ def train_arm(
     """Train one arm on the reports of ``train``; return model and result of `fit`.
 
     Every arm sees the same number of volumes, so a batch of 4 takes sixteen times the
-    steps of one of 64.
+    steps of one of 64. Where the settings say how often to validate, the weights that
+    are best on dev patients are kept, else the last. A warm-up takes half of the steps
+    at most.
     """
     import torch
     from torch.nn.functional import normalize
@@ -337,7 +351,9 @@ def train_arm(
 
     design = DESIGNS[name]
     tokens = embedded(parts["train"], settings)
-    texts = report_vectors(parts["train"], settings.text)
+    adapted, said = design.text == "lora", sentences(parts["train"])
+    texts = (np.arange(len(tokens)) if adapted
+             else report_vectors(parts["train"], settings.text))  # fmt: skip
     torch.manual_seed(seed)
     model = arm_model(design, settings, tokens.shape[1:])
     batch = min(design.batch or settings.batch_size, len(tokens))
@@ -345,14 +361,28 @@ def train_arm(
     def loss(clip: Any, items: dict[str, Tensor]) -> Tensor:
         mixed = clip.image_tower.mix(items["tokens"])
         image = normalize(clip.to_image(mixed).float(), dim=-1)
-        return clip.loss(image, clip.encode_text(items["text"]))
+        text = items["text"]
+        text = clip.words.reports([said[i] for i in text]) if adapted else text
+        return clip.loss(image, clip.encode_text(text))
 
     steps = max(2, round((epochs or settings.epochs) * len(tokens) / batch))
+    every, more, given = 0, {}, {}
+    if settings.validate_every:
+        dev = parts["dev"].some(slice(settings.validate_samples))
+        every = max(1, round(settings.validate_every * len(tokens) / batch))
+        more["validate"] = lambda clip: {
+            "score": mean_auroc(arm_scores(clip, dev, settings), dev.truth)
+        }
+    if settings.warmup is not None:
+        given["warmup"] = min(settings.warmup, steps // 2)
+    if settings.clip_norm is not None:
+        given["clip_norm"] = settings.clip_norm
     config = train_config(
-        settings.model_copy(update={"batch_size": batch}), rate, seed, steps, 0,
-        precision=precision(settings), groups={SCALARS: 10.0},
+        settings.model_copy(update={"batch_size": batch}), rate, seed, steps, every,
+        precision=precision(settings), groups={SCALARS: 10.0}, **given,
     )  # fmt: skip
-    return model, fit(model, loss, Pairs(tokens, texts), config, progress=progress)
+    data = Pairs(tokens, texts)
+    return model, fit(model, loss, data, config, progress=progress, **more)
 
 
 def arm_scores(model: Any, part: Part, settings: Any) -> np.ndarray:

@@ -156,10 +156,14 @@ def _distance(got: Tensor, want: Tensor) -> float:
 
 
 @torch.no_grad()
-def flash_differences(seeds: Iterable[int] = range(5), tokens: int = 576) -> Array:
+def flash_differences(
+    seeds: Iterable[int] = range(5), tokens: int = 576, size: float = 1.0
+) -> Array:
     """How far one attention moves when flash is switched on, and by float16 alone.
 
-    Published size (512, 8 heads of 32), equal weights, one plane of random tokens.
+    Published size (512, 8 heads of 32), equal weights at PyTorch's initialisation, one
+    plane of random tokens with numbers of about `size`. Keys are made of tokens that
+    no norm has seen, so what the flash path gives depends on that.
 
     Returns
     -------
@@ -173,7 +177,7 @@ def flash_differences(seeds: Iterable[int] = range(5), tokens: int = 576) -> Arr
             torch.manual_seed(seed)
             kind = published.PublishedAttention
             plain, flash = (kind(**sizes, flash=on) for on in (False, True))
-            x = torch.randn(1, tokens, 512)
+            x = size * torch.randn(1, tokens, 512)
         flash.load_state_dict(plain.state_dict(), strict=False)
         want, half = plain(x), plain.half()(x.half()).float()
         found.append((_distance(flash(x), want), _distance(half, want)))
@@ -299,3 +303,16 @@ def by_part(result: dict[str, Any]) -> dict[tuple[str, str], list[float]]:
         for loss, name in zip(("softmax", "sigmoid"), pair, strict=True)
         if "total_s" in (row := result["arms"].get(name, {}))
     }
+
+
+def by_cost(result: dict[str, Any]) -> dict[str, tuple[float, float, int]]:
+    """Memory and speed of the step, both relative to the published module; parameters.
+
+    Of all on, with checkpointing, and with each projection, from a `load_bench`.
+    """
+    names = "checkpointing", "low rank 64", "attention pooling"
+    keys = "memory_ratio", "total_speedup", "parameters"
+    rows = {arm: result["arms"].get(arm, {})
+            for arm in ("all on", *(f"all on, {n}" for n in names))}  # fmt: skip
+    return {arm: tuple(row[k] for k in keys) for arm, row in rows.items()
+            if all(row.get(k) is not None for k in keys)}  # fmt: skip

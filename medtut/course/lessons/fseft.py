@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -275,13 +276,14 @@ class Loss:
     Parameters
     ----------
     run : the forward pass: of the whole network, or of the head on cached features.
-    shrink : float
-        Threshold of the proximal step that an adaptive rank takes after every step of
-        the optimizer; here at the start of the next.
+    shrink : callable, optional
+        From the number of steps done to the threshold of the proximal step that an
+        adaptive rank takes after every step of the optimizer; here at the start of the
+        next.
     """
 
     def __init__(
-        self, task: str, run: Callable | None = None, shrink: float = 0,
+        self, task: str, run: Callable | None = None, shrink: Callable | None = None,
         unlabelled: Any = "ignore",
     ) -> None:  # fmt: skip
         from medtut.models.partial_loss import AdaptationLoss, PartialDice
@@ -295,7 +297,7 @@ class Loss:
         from medtut.adapters import proximal_step
 
         if self.shrink and self.steps:
-            proximal_step(model, self.shrink)
+            proximal_step(model, self.shrink(self.steps))
         self.steps += 1
         logits = (self.run or type(model).__call__)(model, items["x"]).float()
         if self.softmax is not None:
@@ -327,7 +329,6 @@ def train(
     **more
         ``validate`` of `medtut.train.fit`.
     """
-    from medtut.adapters import proximal_step
     from medtut.course.lessons.common import train_config
     from medtut.train import fit
 
@@ -337,17 +338,20 @@ def train(
     steps = steps or settings.steps
     black = method in BLACK_BOX and task != "novel"
     inputs = features_of(support, settings) if black else None
-    # Enough to take all directions to zero in two thirds of the run, if nothing
-    # holds them; the diagonal is as fast, so that something can.
-    shrink = 1.5 / steps if method == "adaptive" else 0.0
-    groups = {r"\.d$": 2 * shrink / rate} if shrink else {}
-    loss = Loss(task, head if black else None, shrink)
+    # The penalty's steps shrink with the learning rate's half cosine, as in a proximal
+    # gradient step, and would take a diagonal of 1 to zero in half of the run. The
+    # diagonal can move twice as fast, so that a loss which needs it can hold it.
+    pace = 3 / steps if method == "adaptive" else 0.0
+    groups = {r"\.d$": 2 * pace / rate} if pace else {}
+
+    def shrink(done: int) -> float:
+        return pace * (1 + math.cos(math.pi * done / steps)) / 2
+
+    loss = Loss(task, head if black else None, shrink if pace else None)
     data = Crops(support, task, TASKS[task], settings.roi, inputs,
                  steps * settings.batch_size)  # fmt: skip
     config = train_config(settings, rate, seed, steps, 0, groups=groups, clip_norm=1.0)
     result = fit(model, loss, data, config, progress=progress, **more)
-    if shrink:
-        proximal_step(model, shrink)
     return model, done, result
 
 

@@ -16,6 +16,7 @@ from medtut.course.lessons.common import TUNING_SEED
 from medtut.course.lessons.ct import (
     DESIGNS,
     Part,
+    _as_seen,
     arm_scores,
     embed,
     load_part,
@@ -24,6 +25,7 @@ from medtut.course.lessons.ct import (
     weights_file,
     zero_shot,
 )
+from medtut.course.lessons.ct import mean_auroc as macro
 from medtut.course.lessons.ct_target import adapt
 from medtut.course.profiles import LessonSettings, lesson_tables
 from medtut.data.chest_anatomy import recipe
@@ -54,6 +56,10 @@ class Settings(LessonSettings):
     precision : of every training; "auto" is bfloat16 where the machine computes in it.
     rank : of LoRA on the target.
     target_steps : of every training on the target.
+    warmup : steps of the arms' training; None for a twentieth of them.
+    clip_norm : of the arms' gradients; None for 1.
+    validate_every, validate_samples : epochs from one validation of an arm to the next,
+        and on how many of the dev patients; None: the arm is not validated, on all.
     """
 
     weights: str = "small"
@@ -71,16 +77,40 @@ class Settings(LessonSettings):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     rank: int = Field(ge=1)
     target_steps: int = Field(ge=1)
+    warmup: int | None = Field(default=None, ge=0)
+    clip_norm: float | None = Field(default=None, ge=0)
+    validate_every: float | None = Field(default=None, gt=0)
+    validate_samples: int | None = Field(default=None, ge=8)
+
+    def unset(self) -> tuple[str, ...]:
+        """Names of the training settings that nobody gave.
+
+        They came later: a run without them is the run that it was.
+        """
+        return tuple(name for name in SCHEDULE if getattr(self, name) is None)
+
+    def stored(self) -> dict[str, Any]:
+        """As ever, without what is `unset`, so that older runs still count."""
+        unset = self.unset()
+        return {k: v for k, v in super().stored().items() if k not in unset}
 
 
+SCHEDULE = ("warmup", "clip_norm", "validate_every", "validate_samples")
 # One grid for all arms; the rate is chosen on the dev patients.
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 TARGET = ("as_is", "lora", "head", "full")
 TARGET_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 ARMS: dict[str, dict[str, Any]] = {name: {} for name in (*DESIGNS, *TARGET)}
+# Metrics of arms that differ from rms_swiglu_sigmoid in one thing.
+SINGLE_METRICS = {
+    "text_lora": "text_lora_minus_frozen",
+    "low_rank": "low_rank_minus_attention",
+    "full_projection": "full_projection_minus_attention",
+}
 # What an arm's rate does not depend on.
 SOURCE_UNUSED = ("target_train", "target_test", "rank", "target_steps", "test")
-TARGET_UNUSED = ("train", "dev", "test", "target_test", "epochs", "depth")
+TARGET_UNUSED = ("train", "dev", "test", "target_test", "epochs", "depth",
+                 *SCHEDULE)  # fmt: skip
 committed = partial(sweep.committed, "05_ctclip_modern")
 chosen_rate = partial(sweep.chosen_rate, "05_ctclip_modern")
 
@@ -89,13 +119,6 @@ chosen_rate = partial(sweep.chosen_rate, "05_ctclip_modern")
 def source_parts(settings: Settings) -> dict[str, Part]:
     """The three parts of the source."""
     return {name: load_part(name, settings) for name in ("train", "dev", "test")}
-
-
-def macro(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Macro AUROC over the findings that some patients have and some have not."""
-    from medtut.evaluate.zero_shot import auroc
-
-    return float(np.nanmean(auroc(scores, truth)))
 
 
 @lru_cache(maxsize=1)
@@ -128,6 +151,7 @@ def tuned(name: str, settings: Settings) -> dict[str, float]:
     # Raise the number when arms are trained or judged otherwise.
     version = f"2 {COHORT_VERSION} {sha256_of(weights_file(settings))}"
     what = repr(DESIGNS.get(name, name))
+    unused = (*unused, *settings.unset())
     return common.tuned("l05", what, version, settings, *where, unused=unused)
 
 
@@ -202,6 +226,40 @@ def contrast(one: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
 def spread(table: np.ndarray) -> tuple[float, float]:
     """Interval of an arm's `areas` over patients and seeds."""
     return contrast(table, np.zeros_like(table))[1:]
+
+
+def spread_gap(
+    one: np.ndarray, other: np.ndarray, draws: int = 2000
+) -> tuple[float, float, float]:
+    """Standard deviation over seeds of one arm's `areas` less that of another's.
+
+    With an interval over seeds drawn anew. Of five seeds it is rather too narrow.
+    """
+    rng = np.random.default_rng(0)
+    values = [table[:, 0] for table in (one, other)]
+    drawn = [v[rng.integers(len(v), size=(draws, len(v)))].std(1, ddof=1)
+             for v in values]  # fmt: skip
+    found = values[0].std(ddof=1) - values[1].std(ddof=1)
+    low, high = np.quantile(drawn[0] - drawn[1], (0.025, 0.975))
+    return float(found), float(low), float(high)
+
+
+def baseline(train: Part, dev: Part, test: Part) -> np.ndarray:
+    """Scores (N, 18) of what needs no network: a histogram of HU and coarse densities.
+
+    Logistic regression with labels, its penalty chosen on `dev`.
+    """
+    from medtut.evaluate.zero_shot import histogram_and_pooled, linear_probe
+
+    x = [histogram_and_pooled(part.volumes) for part in (train, dev, test)]
+    return linear_probe(x[0], train.truth, x[1], dev.truth, x[2]).scores
+
+
+def outlines(part: Part, number: int, settings: Settings) -> np.ndarray:
+    """Outlines (18, D, H, W) of one drawn patient, on the grid of the settings."""
+    from medtut.data.chest_cohort import outlines_of
+
+    return _as_seen(outlines_of(part.records[number].path), settings)
 
 
 def macro_visible(scores: np.ndarray, part: Part, least: int = 2) -> float:
