@@ -28,6 +28,7 @@ OWNERS = {
     "course/lessons/ct_target.py": "05",
     "course/lessons/ct_text.py": "05",
     "course/lessons/fseft.py": "06",
+    "course/lessons/fseft_data.py": "06",
     "course/lessons/fseft_published.py": "06",
     "course/lessons/fseft_real.py": "06",
     "course/lessons/fseft_results.py": "06",

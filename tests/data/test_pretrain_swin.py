@@ -66,8 +66,8 @@ def test_patches_keep_image_and_labels_together(script):
     seen = set()
     for n in range(6):
         one = patches[n]
-        assert one["image"].shape == (1, 64, 64, 64)
-        assert one["index"].shape == (64, 64, 64)
+        assert one["image"].shape == (1, *script.PATCH)
+        assert one["index"].shape == script.PATCH
         assert one["image"].min() >= 0
         assert one["image"].max() <= 1
         bright, dark = (one["image"][0][one["index"] == number(k)] for k in

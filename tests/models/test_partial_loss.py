@@ -5,7 +5,12 @@ import torch
 from torch import nn
 
 from medtut.data.organs import OrganError
-from medtut.models.partial_loss import AdaptationLoss, PartialDice, soft_dice
+from medtut.models.partial_loss import (
+    AdaptationLoss,
+    PartialDice,
+    balanced_cross_entropy,
+    soft_dice,
+)
 
 BIG = 200.0  # a logit whose sigmoid is exactly 0 or 1 in float32
 
@@ -107,6 +112,60 @@ def test_nothing_annotated():
     mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]])
     one = PartialDice()(logits[:1], target[:1], mask[:1])
     assert PartialDice()(logits, target, mask) == one
+
+
+def test_balanced_cross_entropy_by_hand():
+    """A quarter is inside with p = 0.8, the rest outside with p = 0.1; one is empty."""
+    inside, outside = torch.tensor([0.8, 0.1]).logit()
+    target = torch.zeros(1, 2, 2, 2, 2)
+    target[0, 0, 0, 0] = 1
+    logits = torch.where(target > 0, inside, outside)
+    both = -(torch.tensor(0.8).log() + torch.tensor(0.9).log()) / 2
+    rest = -torch.tensor(0.9).log() / 2
+    got = balanced_cross_entropy(logits, target)
+    assert got.shape == (1, 2)
+    torch.testing.assert_close(got[0], torch.stack([both, rest]))
+    # All of the volume: the other half is left.
+    full = balanced_cross_entropy(inside.expand(target.shape), torch.ones(target.shape))
+    assert full[0, 0].item() == pytest.approx(-torch.tensor(0.8).log().item() / 2)
+    # However certain, and in half precision: no infinity.
+    sure = torch.full((1, 1, 96, 96, 96), -300.0, dtype=torch.float16)
+    assert balanced_cross_entropy(sure, torch.ones(sure.shape)).item() == 150
+
+
+def test_as_heavy_as_all_others_however_small():
+    """Dice alone hardly moves the voxels of a small organ that nothing predicts."""
+    shares = {}
+    for voxels in (1, 100):
+        logits = torch.zeros(1, 1, 20, 20, 20, requires_grad=True)
+        target = torch.zeros(logits.shape)
+        target.view(-1)[:voxels] = 1
+        balanced_cross_entropy(logits, target).sum().backward()
+        grad = logits.grad.view(-1)
+        shares[voxels] = -grad[:voxels].sum().item(), grad[voxels:].sum().item()
+    assert shares[1] == pytest.approx((0.25, 0.25), rel=1e-4)
+    assert shares[100] == pytest.approx((0.25, 0.25), rel=1e-4)
+
+
+def test_balance_is_added_and_masked():
+    logits, target = volumes()
+    mask = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
+    plain, loss = PartialDice()(logits, target, mask), PartialDice(balance=0.5)
+    each = balanced_cross_entropy(logits, target)
+    more = (each[0, [0, 2]].mean() + each[1, 3]) / 2
+    got = loss(logits, target, mask)
+    assert got.item() == pytest.approx((plain + 0.5 * more).item(), abs=1e-6)
+    got.backward()
+    grad = logits.grad.flatten(2).abs().sum(2)
+    assert (grad[~mask] == 0).all()
+    bad = logits.detach().clone()
+    bad[:, 1] = float("nan")
+    assert loss(bad, target, mask) == got
+    every = PartialDice("background", balance=1)
+    want = soft_dice(logits.sigmoid(), target) + each
+    assert every(logits, target, mask).item() == pytest.approx(
+        want.mean().item(), abs=1e-6
+    )
 
 
 def test_half_precision_does_not_overflow():

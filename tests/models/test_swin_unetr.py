@@ -159,6 +159,29 @@ def test_the_network_says_so_before_it_crashes(small, train):
             unet(torch.zeros(1, 1, side, side, side))
 
 
+def test_windows_of_four(tmp_path):
+    """Tables of 7³ offsets in the place of 13³, everything else as it is."""
+    seven, four = (build_swin_unetr(12, 3, window_size=n) for n in (7, 4))
+    blocks = [m for m in four.swinViT.modules() if hasattr(m, "attn")]
+    assert {tuple(b.window_size) for b in blocks} == {(4, 4, 4)}
+    tables = [b.attn.relative_position_bias_table for b in blocks]
+    assert {len(t) for t in tables} == {7**3}
+    heads = sum(t.shape[1] for t in tables)
+    gone = sum(parts(seven).values()) - sum(parts(four).values())
+    assert gone == (13**3 - 7**3) * heads
+    assert four.config["window_size"] == 4
+    assert build_swin_unetr(12, 3).config["window_size"] == 7, "as published"
+    with torch.no_grad():
+        assert four.eval()(region()).shape == (1, 3, 32, 32, 64)
+    again = load_swin_unetr(save_swin_unetr(four, tmp_path / "w4.st", NAMES, 6.0))
+    assert again.config == four.config
+    with torch.no_grad():
+        near = torch.allclose(again(region()), four.half().float()(region()), atol=1e-3)
+    assert near
+    with pytest.raises(MedtutError, match="window_size=0"):
+        build_swin_unetr(12, 3, window_size=0)
+
+
 @pytest.mark.parametrize("size", [(0, 1), (18, 1), (12, 0)])
 def test_sizes_it_refuses(size):
     with pytest.raises(MedtutError, match="multiple of 12"):
@@ -172,7 +195,8 @@ def test_saved_and_loaded(small, tmp_path):
     assert path.stat().st_size < 2 * sum(parts(small).values()) + 60_000
     model = load_swin_unetr(path)
     assert not model.training
-    assert model.config == {"feature_size": 12, "out_channels": 3}
+    how = {"feature_size": 12, "out_channels": 3, "window_size": 7}
+    assert model.config == how
     expected = {"structures": tuple(NAMES), "spacing": 5.0, "hu": [-175.0, 250.0]}
     assert model.facts == expected | {"command": "make", "dice": [0.5, None]}
     stored = small.state_dict()

@@ -154,6 +154,9 @@ def source_arithmetic() -> dict[str, float]:
     for name in ("LoRA", "norm", "bias"):
         gain = of[name][3] - of["decoder alone"][3]
         found[f"source_{name.lower()}_minus_decoder"] = gain
+    short = {"LoRA": "lora", "AdaptFormer": "adaptformer", "all parameters": "full"}
+    for name, word in (short | {"all, from 'selfsup'": "selfsup"}).items():
+        found[f"source_novel_{word}"] = of[name][3]
     found["source_base_lora_minus_spatial"] = BASE_TEN[0] - BASE_TEN[1]
     errors = {
         "source_se_of_five": 10 / 5**0.5,

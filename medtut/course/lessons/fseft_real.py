@@ -119,7 +119,7 @@ def adapt_to_slices(
 def scores(
     real: RealCT, probability: np.ndarray, rest: bool = True
 ) -> dict[str, float]:
-    """Dice of every structure in the space of the file.
+    """Dice in the space of the file, of every structure that is in its truth.
 
     Parameters
     ----------
@@ -138,7 +138,8 @@ def scores(
         keep = to_original(seen, case) == 0
         found, truth = found & keep, truth & keep
     values = dice(found, truth)
-    return {n: float(v) for n, v in zip(names, values, strict=True) if np.isfinite(v)}
+    there = truth.any((1, 2, 3))
+    return {n: float(v) for n, v, t in zip(names, values, there, strict=True) if t}
 
 
 def volume_viewer(record: Record, masks: np.ndarray, folder: Path) -> Any:
@@ -150,8 +151,9 @@ def volume_viewer(record: Record, masks: np.ndarray, folder: Path) -> Any:
     from ipyniivue import NiiVue
 
     from medtut.data.cache import write_by_rename
+    from medtut.data.ct_volume import load_image
 
-    source = nibabel.load(record.image)
+    source = load_image(record.image)  # NRRD, as the chest CT of the course is, too
     numbers = np.arange(1, 1 + len(masks), dtype=np.uint8)[:, None, None, None]
     image = nibabel.Nifti1Image((masks * numbers).max(0), source.affine)
     path = folder / f"{record.id}-found.nii.gz"

@@ -153,7 +153,7 @@ def method_rows(tables: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
             dice = [
                 float(np.nanmean(tables[n])) if n in tables else None for n in names
             ]
-            if any(dice):
+            if any(d is not None for d in dice):
                 counts = [int(trained[n][0]) for n in names if n in trained]
                 rows[task][m] = {"dice": dice, "trainable": counts[0]}
     return rows
@@ -187,10 +187,11 @@ def draw_organs(
         (("zero_shot", GREY, "D"), (method, VERMILION, "o"))
     ):
         table = tables[f"base_k{k}_{m}"]
-        middle = np.nanmean(table, (0, 1))
+        middle = np.full(len(BASE), np.nan)
         ends = []
         for i in range(len(BASE)):
             one = table[:, ~np.isnan(table[:, :, i]).any(0), i]
+            middle[i] = one.mean() if one.size else np.nan  # of the interval's patients
             ends.append(interval(one) if one.shape[1] > 1 else (middle[i],) * 2)
         at = np.arange(len(BASE)) + 0.2 * shift - 0.1
         ax.errorbar(middle, at, xerr=abs(np.array(ends).T - middle), fmt=marker, ms=4,

@@ -6,7 +6,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from medtut.course import sweep
 from medtut.course.lessons import common, fseft
@@ -59,9 +59,23 @@ class Settings(common.TrainingSettings):
             raise ValueError(str(error)) from None
         return roi
 
+    @field_validator("shots")
+    @classmethod
+    def _ascend(cls, shots: tuple[int, ...]) -> tuple[int, ...]:
+        if [*shots] != sorted({*shots}) or shots[0] < 1:
+            raise ValueError("numbers of labelled volumes ascend, from 1 or more")
+        return shots
+
+    @field_validator("pool")
+    @classmethod
+    def _suffices(cls, pool: int, info: ValidationInfo) -> int:
+        if pool < (most := max(info.data.get("shots", (1,)))):
+            raise ValueError(f"k = {most} cannot be drawn from a pool of {pool}")
+        return pool
+
 
 SEEDS = 5
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # one grid for all, chosen on the tuning patients
+RATES = (1e-3, 3e-3, 1e-2)  # one grid for all, chosen on the tuning patients
 BASE_PEFT = ("lora", "full")
 BASE_ALL = ("bias", "norm", "adaptformer", "compacter", *BASE_PEFT)
 NOVEL_MAIN = ("lora", "full", "scratch")
@@ -95,9 +109,8 @@ def parse(arm: str) -> tuple[str, int, str]:
 def protocol(settings: Settings) -> Protocol:
     """Which target patients each k and seed learns from, nested."""
     pool = [p.case.record.id for p in fseft.target_patients("pool", settings)]
-    test = [f"test {p.case.record.id}" for p in fseft.target_patients("test", settings)]
-    shots = [k for k in settings.shots if k <= len(pool)]
-    return draw_protocol(pool, test, shots, SEEDS, name="target hospital")
+    test = [p.case.record.id for p in fseft.target_patients("test", settings)]
+    return draw_protocol(pool, test, settings.shots, SEEDS, name="target hospital")
 
 
 def support(k: int, seed: int, settings: Settings) -> list[fseft.Patient]:
