@@ -54,9 +54,9 @@ def open_course(monkeypatch, folder):
 
 def forget():
     """Drop what the modules of the lesson keep in memory."""
-    from medtut.course.lessons import fseft, fseft_results, l06
+    from medtut.course.lessons import fseft, fseft_data, fseft_results, l06
 
-    kept = fseft.target_patients, fseft.source_patients, fseft.pretrained
+    kept = fseft_data._target, fseft_data._source, fseft.pretrained
     kept += l06.protocol, fseft_results.stored_tables, fseft_results._adapted
     for one in kept:
         one.cache_clear()

@@ -121,7 +121,8 @@ def test_rates_are_those_of_the_runs_or_else_tuned(runs, settings, monkeypatch):
     monkeypatch.setattr(
         l06, "tuned", lambda *a: asked.append(a) or {"0.001": 0.2, "0.03": 0.3}
     )
-    names = list(fseft.METHODS)
+    names, other = list(fseft.METHODS), settings
+    settings = settings.model_copy(update={"weights": "small"})
     for task, method in (("base", "lora"), ("novel", "scratch"), ("base", "spatial1")):
         want = l06.RATES[names.index(method) % 3]
         assert res.rate_of(task, method, settings) == want
@@ -131,6 +132,8 @@ def test_rates_are_those_of_the_runs_or_else_tuned(runs, settings, monkeypatch):
     assert asked == [("softmax", "bias", settings)]
     runs[:] = [r for r in runs if r["arm"] != "novel_k5_rank1"]
     assert res.rate_of("novel", "rank1", settings) == 0.03, "not that of rank16"
+    assert res.rate_of("base", "lora", other) == 0.03, "another network, another rate"
+    assert res.rate_of("base", "zero_shot", other) == 1.0
 
 
 def test_the_black_box_method_is_chosen_without_the_test(runs):

@@ -160,7 +160,10 @@ def test_balance_is_added_and_masked():
     assert (grad[~mask] == 0).all()
     bad = logits.detach().clone()
     bad[:, 1] = float("nan")
-    assert loss(bad, target, mask) == got
+    again = loss(bad.requires_grad_(), target, mask)
+    assert again == got
+    again.backward()
+    assert bad.grad.isfinite().all()
     every = PartialDice("background", balance=1)
     want = soft_dice(logits.sigmoid(), target) + each
     assert every(logits, target, mask).item() == pytest.approx(

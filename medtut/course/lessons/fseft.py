@@ -296,10 +296,18 @@ def decide(probability: np.ndarray, patient: Patient, task: str) -> np.ndarray:
 def dice_table(
     model: Any, task: str, method: str, patients: Sequence[Patient], settings: Any
 ) -> np.ndarray:
-    """Dice (patients, structures) in the files' space; NaN where both are empty."""
-    from medtut.evaluate.organs import dice
-
+    """Dice (patients, structures) in the files' space; see `dice_there`."""
     found = probabilities(model, task, method, patients, settings)
     names = TASKS[task]
-    return np.array([dice(decide(p, person, task), person.masks(names))
+    return np.array([dice_there(decide(p, person, task), person.masks(names))
                      for p, person in zip(found, patients, strict=True)])  # fmt: skip
+
+
+def dice_there(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Dice of every structure; NaN of one that the patient does not have.
+
+    Whatever was found in its place: so all methods are compared on the same patients.
+    """
+    from medtut.evaluate.organs import dice
+
+    return np.where(truth.any((1, 2, 3)), dice(found, truth), np.nan)

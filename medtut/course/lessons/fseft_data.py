@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -46,7 +46,7 @@ def _numbered(masks: np.ndarray) -> np.ndarray:
 
 
 def load_patients(
-    spec: Any, settings: Any, structures: Sequence[str], partial: bool = False
+    spec: Any, grid: Grid, structures: Sequence[str], partial: bool = False
 ) -> list[Patient]:
     """Patients of an `AbdomenSpec`, drawn once, read by the reader of the real set.
 
@@ -66,9 +66,7 @@ def load_patients(
     def read() -> dict[str, np.ndarray]:
         found = {}
         for r in records:
-            case = load_case(
-                r, structures, settings.spacing, roi=settings.roi, partial=partial
-            )
+            case = load_case(r, structures, grid.spacing, roi=grid.roi, partial=partial)
             truth = read_labels(r, structures, partial)
             parts = (
                 case.image.astype(np.float16), _numbered(case.labels), _numbered(truth),
@@ -78,8 +76,8 @@ def load_patients(
         return found
 
     key = {"spec": repr(spec), "recipe": recipe()["version"], "version": 1,
-           "spacing": settings.spacing, "roi": settings.roi,
-           "structures": structures}  # fmt: skip
+           "spacing": grid.spacing, "roi": grid.roi,
+           "structures": structures, "partial": partial}  # fmt: skip
     got, people = cached_arrays("organ_patients", key, read), []
     for r in records:
         image, index, truth, annotated, affine, original = (
@@ -94,28 +92,45 @@ def load_patients(
     return people
 
 
-@lru_cache(maxsize=8)
 def target_patients(part: str, settings: Any) -> list[Patient]:
     """Patients of the target hospital: "pool", "test" or "tuning".
 
-    All are scanned from the hips to the shoulders, so that every structure is there.
+    All are scanned from the hips to the shoulders, so that every structure is there,
+    but for a gallbladder that was taken out.
     """
-    from medtut.data.abdomen_cohort import AbdomenSpec
-
     counts = {"pool": settings.pool, "test": settings.test}
     count = counts.get(part, max(settings.shots[1:2] or settings.shots) + HELD)
+    return _target(part, count, Grid(settings.spacing, settings.roi))
+
+
+def source_patients(part: str, settings: Any) -> tuple[Patient, ...]:
+    """Patients of the three sources: "source", as outlined there, or "source_test"."""
+    count = settings.source if part == "source" else HELD
+    return _source(part, count, Grid(settings.spacing, settings.roi))
+
+
+class Grid(NamedTuple):
+    """What patients depend on, of all settings: mm, and voxels of a region."""
+
+    spacing: float
+    roi: tuple[int, int, int]
+
+
+@lru_cache(maxsize=8)
+def _target(part: str, count: int, grid: Grid) -> list[Patient]:
+    from medtut.data.abdomen_cohort import AbdomenSpec
+
     spec = AbdomenSpec("target", count, FIRST[part], field="trunk")
-    return load_patients(spec, settings, BASE + NOVEL)
+    return load_patients(spec, grid, BASE + NOVEL)
 
 
 @lru_cache(maxsize=2)
-def source_patients(part: str, settings: Any) -> tuple[Patient, ...]:
-    """Patients of the three sources: "source", as outlined there, or "source_test"."""
+def _source(part: str, count: int, grid: Grid) -> tuple[Patient, ...]:
     from medtut.data.abdomen_cohort import AbdomenSpec, source_hospitals
 
-    found, train = [], part == "source"
+    found: list[Patient] = []
+    more: dict[str, Any] = {} if part == "source" else {"annotated": DRAWN}
     for name in source_hospitals():
-        count, more = (settings.source, {}) if train else (2, {"annotated": DRAWN})
         spec = AbdomenSpec(name, count, FIRST[part], **more)
-        found += load_patients(spec, settings, STRUCTURES, partial=True)
+        found += load_patients(spec, grid, STRUCTURES, partial=True)
     return tuple(found)

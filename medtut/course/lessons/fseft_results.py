@@ -59,8 +59,13 @@ def contrast(one: np.ndarray, other: np.ndarray) -> Comparison:
 
 
 def rate_of(task: str, method: str, settings: Any) -> float:
-    """The rate that the committed runs of a task and method chose; 1 if none trains."""
-    rates = l06.committed("lr")
+    """The rate that the committed runs of a task and method chose; 1 if none trains.
+
+    Other weights choose anew.
+    """
+    if method == "zero_shot":
+        return 1.0
+    rates = l06.committed("lr") if settings.weights == "small" else {}
     found = [v[0] for arm, v in rates.items()
              if re.fullmatch(rf"{task}_k\d+_{method}", arm)]  # fmt: skip
     if found:

@@ -75,7 +75,7 @@ class Settings(common.TrainingSettings):
 
 
 SEEDS = 5
-RATES = (1e-3, 3e-3, 1e-2)  # one grid for all, chosen on the tuning patients
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # one grid for all, chosen on the tuning patients
 BASE_PEFT = ("lora", "full")
 BASE_ALL = ("bias", "norm", "adaptformer", "compacter", *BASE_PEFT)
 NOVEL_MAIN = ("lora", "full", "scratch")
@@ -138,7 +138,7 @@ def tuned(task: str, method: str, settings: Settings) -> dict[str, float]:
 
     # Raise the number when arms are trained or judged otherwise.
     version = f"1 {COHORT_VERSION} {sha256_of(fseft.weights_file(settings))}"
-    unused = ("pool", "test", "source")
+    unused = ("pool", "test", "source", "data")
     args = f"{task} {method}", version, settings, RATES, score
     return common.tuned("l06", *args, unused=unused)
 
@@ -183,7 +183,6 @@ def continue_pretraining(arm: str, seed: int, settings: Settings) -> dict[str, A
     """
     from medtut.course.lessons.common import train_config
     from medtut.data.organs import BASE, STRUCTURES
-    from medtut.evaluate.organs import dice
     from medtut.train import fit
 
     rate = 3e-3
@@ -199,8 +198,10 @@ def continue_pretraining(arm: str, seed: int, settings: Settings) -> dict[str, A
     test = fseft.source_patients("source_test", settings)
     rows = [STRUCTURES.index(n) for n in BASE]
     found = fseft.probabilities(model, "pretrain", "full", test, settings)
-    table = np.array([dice(fseft.decide(p[rows], one, "base"), one.masks(BASE))
-                      for p, one in zip(found, test, strict=True)])  # fmt: skip
+    pairs = zip(found, test, strict=True)
+    masks = [fseft.decide(p[rows], one, "base") for p, one in pairs]
+    pairs = zip(masks, test, strict=True)
+    table = np.array([fseft.dice_there(m, one.masks(BASE)) for m, one in pairs])
     return {"score": float(np.nanmean(table)), "lr": rate, "trainable": done.total,
             "table": rounded(table), "train_seconds": result.seconds}  # fmt: skip
 
