@@ -145,8 +145,10 @@ def test_loss_is_of_separate_organs_or_of_one_choice():
 
     from medtut.models.partial_loss import AdaptationLoss, PartialDice
 
-    assert fseft.Loss("base", run)(None, items) == PartialDice(balance=1)(z, y, known)
-    every = PartialDice("background", balance=1)(z, y, known)
+    assert fseft.Loss("base", run)(None, items) == PartialDice(balance=fseft.BALANCE)(
+        z, y, known
+    )
+    every = PartialDice("background", balance=fseft.BALANCE)(z, y, known)
     assert fseft.Loss("pretrain", run, unlabelled="background")(None, items) == every
     soft = fseft.Loss("softmax", run)(None, items)
     assert soft == AdaptationLoss("softmax", ce=True)(z, y)

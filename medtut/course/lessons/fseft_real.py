@@ -105,7 +105,7 @@ def adapt_to_slices(
     done = adapt(model, "spatial", structure=rows, seed=seed)
     person = fseft.Patient(case, np.zeros(case.original[1], np.uint8))
     maps = np.array(fseft.features_of([person], settings)[0], np.float32)
-    x, loss = torch.from_numpy(maps)[None], PartialDice(balance=1)
+    x, loss = torch.from_numpy(maps)[None], PartialDice(balance=fseft.BALANCE)
     known = torch.ones(1, len(names), dtype=torch.bool)
     optimizer = torch.optim.AdamW(done.parameters(model), rate)
     for _ in range(steps):
