@@ -217,10 +217,9 @@ def draw_groups(ax: Axes, tables: Mapping[str, np.ndarray]) -> None:
             y, label = row + 0.22 * (n - 1), group if row == 0 else None
             ax.plot([low, high], [y, y], "-", color=CYCLE[n], marker="", lw=1.2)
             ax.plot(values.mean(), y, "osD"[n], color=CYCLE[n], ms=4, label=label)
-    ax.set_yticks(
-        range(len(l06.NOVEL_ALL)), [WORDS[m] for m in l06.NOVEL_ALL], fontsize=8
-    )
-    ax.get_yticklabels()[0].set_text("head and decoder")
+    said = WORDS | {"probe": "head and decoder"}
+    names = [said[m] for m in l06.NOVEL_ALL]
+    ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.invert_yaxis()
     ax.set(xlabel="Dice", title="novel structures, k = 5")
     ax.legend(frameon=False, fontsize=8)
